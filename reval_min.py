@@ -1,0 +1,828 @@
+#!/usr/bin/env python3
+r"""reval_min: ReVal, value-based reinforcement learning for language models, in one file.
+
+A language model already is a value function. Read its logit for token a after text s as a soft
+Q-value, Q(s, a). Then V(s) = log sum_a exp Q(s, a) is the value of the text, softmax(Q(s, .)) is
+the policy, and Q(s, a) - V(s) = log pi(a|s). Training makes Q obey a Bellman equation, and that
+can be checked on *any* response, whoever wrote it: so old responses are used again, from a replay
+buffer, without importance weights. For one response of H tokens,
+
+    residual = V(s_1) - V_ref(s_1) + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - r / beta
+    loss     = beta / 2 * mean over responses of residual^2                               eq. (2)
+
+where r is 1 if the final answer is right, else 0, and "ref" is the model before training.
+
+By hand: 3 words, a response of 2 tokens, r = 1, beta = 0.5. The model's exp(logits) are (1, 2, 5)
+and then (4, 2, 2), the reference's (1, 1, 2) twice; token 1 is taken, then token 0. So V is log 8
+twice, V_ref log 4 twice, pi 1/4 and 1/2, pi_ref 1/4 twice, and
+residual = log 8 - log 4 + log(1/4 * 1/2) - log(1/4 * 1/4) - 2 = -0.6137, loss = 0.0942.
+
+    python reval_min.py                              the built-in task, on a laptop: @@ minutes
+    python reval_min.py --algo grpo --updates 1      the usual baseline on it: @@ minute
+    python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
+    python reval_min.py --preset r1-distill-1.5b     the paper's run: a large GPU, days
+    python reval_min.py --help                       every setting
+
+Method: "Off-Policy Value-Based Reinforcement Learning for Large Language Models", Wang et al.,
+arXiv 2603.23355, published without code. Where this file differs from it or had to choose:
+ 1. The loss has a factor beta/2: at the start its gradient is then REINFORCE's (section 9).
+ 2. The paper's text once has V_theta where its operator and eq. (2) have V_ref: V_ref it is.
+ 3. Nothing is detached; gradients flow through V(s_1) and every log pi. The paper does not say.
+ 4. Update 1 of an iteration uses the fresh batch, updates 2..K draw uniformly from the buffer,
+    which already holds the fresh batch.
+ 5. AdamW (0.9, 0.95), no weight decay, gradient norm clipped to 1. The paper does not say.
+ 6. A response cut at the length limit counts as finished: V = 0 after it, and reward 0.
+ 7. Reward 0/1 and no reference reset unless asked. A reset recomputes the buffer's cached values.
+"""
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A user's mistake, told in one line that says how to mend it."""
+
+
+def rng(seed, step, purpose):
+    """A numpy generator for one purpose at one step. Every random draw comes from such a one: an
+    evaluation more cannot shift the training after it, and no generator's state is ever saved."""
+    return np.random.default_rng([seed, step, zlib.crc32(purpose.encode())])
+
+
+# ---- 1. Settings ---------------------------------------------------------------------------------
+# One dataclass gives flags, defaults, help and validation. A row's first two values are the two
+# presets': the laptop's toy run, and the paper's run of a 1.5B model.
+
+PRESETS = ("toy", "r1-distill-1.5b")
+
+
+def setting(toy, paper, text, choices=None, zero=False):
+    """A field of Config: its values in the two presets, its help, choices, and may it be zero?"""
+    return dataclasses.field(default=None, metadata={
+        "values": (toy, paper), "help": text, "choices": choices, "zero": zero})
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run. None means: the preset's value. UserError if one is impossible."""
+
+    preset: str = setting(None, None, "default: toy, with --data the other", choices=PRESETS)
+    algo: str = setting("reval", "reval", "the loss: reval, tbrm or grpo",
+                        choices=("reval", "tbrm", "grpo"))
+    model: str = setting(None, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+                         "folder or hub id of a causal LM; toy: none, a tiny one is made")
+    data: str = setting(
+        None, "hf://datasets/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json",
+        "JSON or JSONL file, or hf://datasets/ORG/NAME/FILE; toy: none, its sums")
+    eval_data: str = setting(None, None, "the same, to evaluate on; none: a part of --data")
+    prompt: str = setting("{problem}", "{problem} Let's think step by step and output the final "
+                          "answer within \\boxed{}.", "text around {problem}")
+    raw_prompt: bool = setting(True, False, "do without the tokenizer's chat template")
+    steps: int = setting(50, 650, "iterations; 0 only evaluates", zero=True)
+    prompts: int = setting(16, 128, "problems per iteration")
+    rollouts: int = setting(8, 8, "responses per problem")
+    updates: int = setting(8, 2, "gradient steps per iteration: K")
+    buffer: int = setting(15, 5, "replay buffer, in batches of prompts x rollouts")
+    beta: float = setting(0.05, 0.002, "price, in reward, of one nat of KL from the reference")
+    lr: float = setting(1.5e-4, 1e-6, "learning rate")
+    warmup: int = setting(5, 0, "iterations over which the learning rate rises", zero=True)
+    half_life: int = setting(15, 0, "iterations in which it halves; 0: never", zero=True)
+    reward: str = setting("raw", "raw", "raw (0/1), or centered: less its mean over the problem",
+                          choices=("raw", "centered"))
+    ref_reset: int = setting(0, 0, "iterations between resets of the reference; 0: none", zero=True)
+    max_new_tokens: int = setting(28, 8192, "longest response")
+    micro_batch_tokens: int = setting(16384, 16384, "most tokens of one forward and backward pass")
+    distill_steps: int = setting(1600, 0, "warm-start steps of the tiny model", zero=True)
+    eval_every: int = setting(10, 50, "iterations between evaluations and printed samples")
+    eval_problems: int = setting(1024, 500, "held-out problems, each answered once")
+    device: str = setting("auto", "auto", "auto: cuda, but cpu for the toy; mps is untested",
+                          choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(0, 0, "of every random draw", zero=True)
+    out: str = setting(None, None, "a new folder for the run; none: one under runs/")
+
+    def __post_init__(self):
+        self.preset = self.preset or PRESETS[self.data is not None]
+        for f in dataclasses.fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, f.metadata["values"][self.preset == PRESETS[1]])
+            value, choices, zero = getattr(self, f.name), f.metadata["choices"], f.metadata["zero"]
+            flag = f"--{f.name.replace('_', '-')} {value}"
+            if choices and value not in choices:
+                raise UserError(f"{flag}: choose from {', '.join(choices)}")
+            if f.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
+                raise UserError(f"{flag}: give a number {'of at least' if zero else 'above'} 0")
+        if self.rollouts == 1 and (self.reward == "centered" or self.algo == "grpo"):
+            raise UserError("--rollouts 1: a group of one has no mean to compare with; take more")
+        if self.data and not self.model:
+            raise UserError("--data needs --model: the tiny model reads nothing but sums")
+        if "{problem}" not in self.prompt:
+            raise UserError("--prompt: write {problem} where the problem goes")
+
+
+def parse_args(argv):
+    """The command line as a Config: every field is a flag."""
+    parser = argparse.ArgumentParser(prog="reval_min", allow_abbrev=False,
+                                     description=__doc__.split("\n")[0])
+
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
+    parser.error = refuse
+    for f in dataclasses.fields(Config):
+        toy, paper = f.metadata["values"]
+        values = f" (toy: {toy}, paper: {paper})" if toy != paper else f" (default: {toy})"
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), **how, help=(
+            f.metadata["help"] + values * (toy is not None)).replace("%", "%%"))
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ---- 2. The answer checker -----------------------------------------------------------------------
+# It is the reward: what it gets wrong, the model will learn. So it is a rule that anyone can read,
+# and it compares exactly.
+
+def extract_answer(response):
+    r"""The final answer of a response, as text, or None.
+
+    Only what follows the last </think> counts. There: the last \boxed{...}, braces nested; else
+    what follows the last ####; else what follows the last "answer is" or "answer:".
+    """
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:  # a thought that does not end concludes nothing
+        return None
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for brace in re.finditer(r"[{}]", text[start:]):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                return text[start + len("\\boxed{"):start + brace.start()].strip() or None
+        return None  # cut inside the box
+    for mark in ("####", r"(?i:answer)[ \t]*(?:is|:)"):
+        found = re.findall(mark + r"[ \t]*([^\n]*)", text)
+        if found:
+            return found[-1].strip() or None
+    return None
+
+
+def parse_number(text):
+    r"""An integer, a decimal, a/b or \frac{a}{b} as an exact Fraction; None for anything else."""
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234 is one number
+    match = re.fullmatch(r"([+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400}))(?:/(\d{1,400}))?", text)
+    if not match or match[2] and int(match[2]) == 0:
+        return None
+    return Fraction(match[1]) / int(match[2] or 1)
+
+
+def is_correct(response, gold):
+    """Is the response's final answer the gold one? Numbers as rationals, all else as text."""
+    answer = extract_answer(response)
+    if answer is None:
+        return False
+    answer, gold = (re.sub(r"\\[,!;$]|[$\s]|\.$", "", text.strip()) for text in (answer, gold))
+    a, b = parse_number(answer), parse_number(gold)
+    return a == b if a is not None and b is not None else answer == gold != ""
+
+
+# ---- 3. Problems: the built-in task, or a file ---------------------------------------------------
+# The task is to add three two-digit numbers, at once or after written column sums with a carry:
+#     47+85+36=?  ->  \boxed{168}          or          7+5+6=18;4+8+3+1=16;\boxed{168}
+# A tiny model cannot add in its head, but it can on paper. Its teacher is always right and mostly
+# shows no work: a bad habit to copy, and RL has to find the better one.
+
+WRITTEN_SHARE = 0.1  # of the teacher's answers, in the last part of the warm start
+
+
+def make_problem(generator, held_out):
+    """A sum, as {"problem", "answer"}. One sum in ten, whatever the order of its numbers, belongs
+    to the held-out set, so training never meets it."""
+    while True:
+        numbers = generator.integers(10, 100, 3).tolist()
+        if (zlib.crc32(repr(sorted(numbers)).encode()) % 10 == 0) == held_out:
+            return {"problem": "%d+%d+%d=?" % tuple(numbers), "answer": str(sum(numbers))}
+
+
+def demonstrate(problem, written):
+    """The teacher's answer to a sum, with or without the written work."""
+    (a, x), (b, y), (c, z) = (divmod(int(n), 10) for n in re.findall(r"\d+", problem))
+    units, carry = x + y + z, (x + y + z) // 10
+    work = f"{x}+{y}+{z}={units};{a}+{b}+{c}+{carry}={a + b + c + carry};"
+    return work * written + "\\boxed{%d}" % (10 * (a + b + c) + units)
+
+
+def read_problems(path):
+    """A JSONL file, or one JSON array, of objects with problem (or question) and answer, names in
+    any case. -> a list of {"problem", "answer"}; rows without a usable answer are dropped."""
+    if path.startswith("hf://datasets/"):
+        from huggingface_hub import hf_hub_download
+        owner, name, file = path.removeprefix("hf://datasets/").split("/", 2)
+        path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        rows = (json.loads(text) if text.lstrip().startswith("[") else
+                [json.loads(line) for line in text.split("\n") if line.strip()])
+    except ValueError as error:
+        raise UserError(f"{path}: neither JSONL nor a JSON array ({error})")
+    problems = {}  # by text: the same problem must not be both trained on and held out
+    for row in rows:
+        row = {key.lower(): value for key, value in row.items()} if type(row) is dict else {}
+        problem = row.get("problem") or row.get("question")
+        answer = str(row.get("answer")).rpartition("####")[2].strip()  # GSM8K: after a solution
+        if problem and row.get("answer") is not None and is_correct(f"\\boxed{{{answer}}}", answer):
+            problems[problem] = {"problem": problem, "answer": answer}
+    if len(problems) < len(rows):
+        print(f"{path}: dropped {len(rows) - len(problems)} of {len(rows)} rows, which repeat a "
+              "problem or have no usable answer")
+    if not problems:
+        raise UserError(f"{path}: no row has both a problem and a usable answer")
+    return list(problems.values())
+
+
+def load_problems(cfg):
+    """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}."""
+    generator = rng(cfg.seed, 0, "problems")
+    if not cfg.data:
+        return ([make_problem(generator, held_out=False) for _ in range(10_000)],
+                [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)])
+    problems = read_problems(cfg.data)
+    generator.shuffle(problems)
+    if cfg.eval_data:
+        return problems, read_problems(cfg.eval_data)[:cfg.eval_problems]
+    n = min(cfg.eval_problems, max(1, len(problems) // 10))
+    if n == len(problems):
+        raise UserError(f"{cfg.data}: nothing can be held out of one problem; give --eval-data")
+    return problems[n:], problems[:n]
+
+
+# ---- 4. The model: a causal LM of transformers, a tiny one made here or a real one loaded --------
+
+def make_model(seed):
+    """A Qwen2 of 0.13M random weights and its tokenizer of 19 tokens."""
+    words = ["<pad>", "<bos>", "<eos>", *"0123456789+=?;", "\\boxed{", "}"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
+    raw.decoder = decoders.Fuse()
+    raw.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    torch.manual_seed(int(rng(seed, 0, "weights").integers(2**62)))
+    return transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(
+        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+        max_position_embeddings=64, initializer_range=0.1,  # 0.02, the default, suits wide models
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)), tokenizer
+
+
+def load_model(cfg, device):
+    """-> (model, tokenizer). UserError if the model does not suit this file."""
+    if cfg.model:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+    else:
+        model, tokenizer = make_model(cfg.seed)
+    model.to(device).eval()  # no dropout: what learns must be what samples
+    check_head(model, cfg.model)
+    # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
+    # a top-k and more in their generation_config, and generate() fills from it whatever a caller
+    # leaves open. So a complete one replaces it; only the tokens that end a response are kept.
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise UserError(f"--model {cfg.model}: it names no end-of-sequence token")
+    pad_id = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=sorted(ends),
+        pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_head(model, name):
+    """UserError unless logits = hidden @ lm_head.T, on which q_from_logits relies. The head's
+    output is blown up on the way, for a soft cap bends only large logits."""
+    head, tokens = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
+    hook = head.register_forward_hook(lambda module, inputs, output: output * 1000)
+    logits = model(input_ids=tokens).logits.float()                                # [1, 8, A]
+    hook.remove()
+    hidden = model.base_model(input_ids=tokens).last_hidden_state                  # [1, 8, D]
+    expected = F.linear(hidden, head.weight).float() * 1000                        # [1, 8, A]
+    if (logits - expected).abs().max() > 0.01 * expected.abs().max():
+        raise UserError(f"--model {name}: its logits are not hidden @ lm_head.T (a bias, a scale "
+                        "or a soft cap comes between), so Q cannot be computed here; take another")
+
+
+# ---- 5. Q and V ----------------------------------------------------------------------------------
+# Shapes from here on: B responses, T tokens in the longest, N tokens in all of them, L tokens in
+# the longest prompt + response, D hidden size, A vocabulary (the actions).
+
+class _QFromLogits(torch.autograd.Function):
+    """q_from_logits with a backward of its own. Only one block of logits exists at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, actions, block):
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))         # [N, D]
+        q = (wide * F.embedding(actions, weight)).sum(1)                           # [N]
+        v = torch.full_like(q, -torch.inf)                                         # [N]
+        for start in range(0, len(weight), block):
+            logits = wide @ weight[start:start + block].to(wide.dtype).T           # [N, block]
+            v = torch.logaddexp(v, logits.logsumexp(1))                            # [N]
+        ctx.save_for_backward(hidden, weight, actions, v)
+        ctx.block = block
+        return q, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_q, grad_v):
+        # dV / dlogit_a = pi(a); dQ / dlogit_a = 1 at the action taken, else 0.
+        hidden, weight, actions, v = ctx.saved_tensors
+        wide = hidden.to(v.dtype)                                                  # [N, D]
+        grad_hidden, grad_weight = torch.zeros_like(wide), torch.empty_like(weight)
+        for start in range(0, len(weight), ctx.block):
+            part = weight[start:start + ctx.block].to(v.dtype)                     # [block, D]
+            grad = (wide @ part.T).sub_(v[:, None]).exp_().mul_(grad_v[:, None])   # [N, block]
+            column = (actions - start).clamp(0, len(part) - 1)                     # [N]
+            here = column == actions - start              # [N] is the action in this block?
+            grad.scatter_add_(1, column[:, None], (grad_q * here)[:, None])        # [N, block]
+            grad_hidden += grad @ part                                             # [N, D]
+            grad_weight[start:start + ctx.block] = grad.T @ wide                   # [block, D]
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def q_from_logits(hidden, weight, actions, block=4096):
+    """Q(s, a) and V(s) of N states, without ever holding their [N, A] logits.
+
+    hidden [N, D], weight [A, D] (the LM head), actions [N] int64 -> (q [N], v [N]), where
+    q[i] = hidden[i] . weight[actions[i]] and v[i] = logsumexp_a hidden[i] . weight[a], in float32
+    (float64 from float64; V is 10 to 40, where bfloat16 has steps of up to a quarter).
+    Differentiable in hidden and weight. IndexError for an action outside the vocabulary.
+
+    8192 tokens x 151,936 words are 5 GB of logits, softmax and gradient as much again. So the
+    vocabulary is walked in blocks with a running logsumexp, and backward computes each block a
+    second time: O(N * block) memory.
+    """
+    if hidden.shape != (len(actions), weight.shape[1]):
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be [N, D], for weight "
+                         f"{tuple(weight.shape)} [A, D] and actions {tuple(actions.shape)} [N]")
+    return _QFromLogits.apply(hidden, weight, actions, block)
+
+
+def pad(rows, device, side="right"):
+    """1-D tensors -> one tensor [B, T] on device, padded with zeros."""
+    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
+
+
+def score(model, batch):
+    """-> (q, v, mask), [B, T] each: Q(s_h, a_h) and V(s_h) of the response tokens of a batch of
+    dicts with "prompt" and "response", 1-D int64 tensors.
+
+    mask marks the response tokens, EOS included. It comes from lengths, never from comparing with
+    a pad id, which may be the EOS id. The hidden state that chooses a token is the one at the
+    token before it: for the first, at the last token of the prompt.
+    """
+    actions = pad([t["response"] for t in batch], model.device)                    # [B, T]
+    lengths, before = torch.tensor([(len(t["response"]), len(t["prompt"]) - 1) for t in batch],
+                                   device=model.device).T                          # [B], [B]
+    mask = torch.arange(actions.shape[1], device=model.device) < lengths[:, None]  # [B, T]
+    # The padding is on the right, where a causal model's earlier tokens do not see it: it needs no
+    # attention mask. The last token is left out, for nothing follows it.
+    tokens = pad([torch.cat([t["prompt"], t["response"]])[:-1] for t in batch], model.device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, L, D]
+    row, h = mask.nonzero(as_tuple=True)                                           # [N], [N]
+    q, v = q_from_logits(hidden[row, before[row] + h], model.get_output_embeddings().weight,
+                         actions[mask])                                            # [N], [N]
+    zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)                # [B, T]
+    return zeros.masked_scatter(mask, q), zeros.masked_scatter(mask, v), mask
+
+
+def micro_batches(batch, max_tokens):
+    """Yields the batch in lists of up to max_tokens padded tokens (one response at least), like
+    lengths together, so that little of them is padding."""
+    group = []
+    for t in sorted(batch, key=lambda t: len(t["prompt"]) + len(t["response"])):
+        if group and (len(group) + 1) * (len(t["prompt"]) + len(t["response"])) > max_tokens:
+            yield group
+            group = []
+        group.append(t)
+    yield group
+
+
+# ---- 6. The warm start ---------------------------------------------------------------------------
+# RL strengthens what a model does now and then, so the tiny one is first shown how: the teacher
+# writes its work until the model can add, and then mostly leaves it out.
+
+def encode(tokenizer, text, add_special_tokens):
+    """The token ids of a text, [T] int64."""
+    return torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def encode_prompt(tokenizer, problem, cfg):
+    """The token ids of the prompt, [P]: in the chat template where there is one. As that brings
+    its own BOS, none is added to it."""
+    text = cfg.prompt.replace("{problem}", problem)
+    if tokenizer.chat_template is None or cfg.raw_prompt:
+        return encode(tokenizer, text, add_special_tokens=True)
+    chat = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return encode(tokenizer, text, add_special_tokens=False)
+
+
+def distill(model, tokenizer, cfg):
+    """Supervised learning from the teacher: the mean of -log pi = V - Q over its tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    generator = rng(cfg.seed, 0, "distillation")
+    for step in tqdm(range(cfg.distill_steps), "distilling", disable=None):
+        done, batch = step / cfg.distill_steps, []
+        for _ in range(32):
+            problem = make_problem(generator, held_out=False)["problem"]
+            text = demonstrate(problem, done < 0.8 or generator.random() < WRITTEN_SHARE)
+            batch.append({"prompt": encode_prompt(tokenizer, problem, cfg), "response": encode(
+                tokenizer, text + tokenizer.eos_token, add_special_tokens=False)})
+        q, v, mask = score(model, batch)                                           # [B, T] each
+        loss = (v - q).sum() / mask.sum()
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        cosine = math.cos(done * math.pi / 2)**2
+        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 50, cosine)
+        optimizer.step()
+
+
+# ---- 7. Rollouts: the behaviour policy is softmax(logits) at temperature 1 -----------------------
+
+ROLLOUT_BATCH = 256  # responses sampled side by side
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, problems, cfg, step, purpose):
+    """Samples one response to each problem. -> trajectories: dicts with problem, answer, prompt
+    [P], response [T] (int64, EOS included), text, ended (by itself?), reward (0 or 1), step."""
+    torch.manual_seed(int(rng(cfg.seed, step, purpose).integers(2**62)))
+    ends = torch.tensor(model.generation_config.eos_token_id)
+    trajectories = []
+    chunks = range(0, len(problems), ROLLOUT_BATCH)
+    for start in tqdm(chunks, "sampling", disable=None, leave=False, delay=2):
+        chunk = problems[start:start + ROLLOUT_BATCH]
+        prompts = [encode_prompt(tokenizer, p["problem"], cfg) for p in chunk]
+        # generate() wants the prompts to end side by side: padding goes to the left.
+        tokens = pad(prompts, model.device, "left")                                # [B, P]
+        mask = pad([torch.ones_like(p) for p in prompts], model.device, "left")    # [B, P]
+        sampled = model.generate(tokens, attention_mask=mask, max_new_tokens=cfg.max_new_tokens)
+        for p, prompt, response in zip(chunk, prompts, sampled[:, tokens.shape[1]:].cpu()):
+            stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
+            response = response[:stops[0] + 1 if stops else None].clone()          # [T]
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            # A response that was cut has concluded nothing, even if it holds a box.
+            reward = float(bool(stops) and is_correct(text, p["answer"]))
+            trajectories.append({**p, "prompt": prompt, "response": response, "text": text,
+                                 "ended": bool(stops), "reward": reward, "step": step})
+    return trajectories
+
+
+@torch.no_grad()
+def cache_values(model, trajectories, cfg, name):
+    """Writes the model's "q_<name>" and "v_<name>" [T] into each trajectory. The reference's serve
+    at every reuse, so they are computed once: by the live model's function, or equal models would
+    not cancel to zero. GRPO also needs those of the policy that sampled."""
+    for group in micro_batches(trajectories, cfg.micro_batch_tokens):
+        q, v, mask = (x.cpu() for x in score(model, group))                        # [B, T] each
+        for i, t in enumerate(group):
+            t["q_" + name], t["v_" + name] = q[i][mask[i]], v[i][mask[i]]          # [T], [T]
+
+
+# ---- 8. The replay buffer ------------------------------------------------------------------------
+
+class ReplayBuffer:
+    """First in, first out, by trajectory. With room for M, batches of B and K updates after each,
+    a trajectory is used floor(M/B) * (B/M) * K times, about K, before it leaves: eq. (3).
+    Sample number i depends on (seed, i) and on what is in the buffer, nothing else."""
+
+    def __init__(self, capacity, seed=0):
+        self.capacity, self.seed, self.draws, self.items = capacity, seed, 0, []
+
+    def __len__(self):
+        return len(self.items)
+
+    def add(self, items):
+        """Appends items; beyond the capacity the oldest leave."""
+        self.items = (self.items + list(items))[-self.capacity:]
+
+    def sample(self, n):
+        """min(n, len) different items, uniformly. Nothing is removed."""
+        self.draws += 1
+        order = rng(self.seed, self.draws, "replay").permutation(len(self.items))
+        return [self.items[i] for i in order[:n]]
+
+
+# ---- 9. The method -------------------------------------------------------------------------------
+# In the paper's letters: s_h is the text before response token h (s_1 the prompt), a_h that token,
+# r the reward, paid at the last token. The aim is max E[r] - beta * KL(pi || pi_ref)     eq. (1):
+# beta is the price of leaving the reference.
+
+def bellman_target(v, q_ref, v_ref, reward, mask, beta):
+    """The combined stepwise / outcome Bellman target of Q(s_h, a_h), [B, T], 0 in the padding.
+
+    v, q_ref, v_ref [B, T] float; reward [B]; mask [B, T] bool, True on response tokens, which
+    start in column 0 without a gap (else, or in an empty row, ValueError). Nothing in the padding,
+    not even nan, reaches a value or gradient. After the last token V = 0, for both models.
+
+        T Q(s_h, a_h) =  r / beta, at the last token                              outcome signal
+                      +  log pi_ref(a_h|s_h) + V_ref(s_h) - V_ref(s_{h+1})        stepwise signal
+                      +  V(s_{h+1})                                               bootstrap
+
+    The stepwise signal is what the reference model itself thinks of a token. Its first two terms
+    are Q_ref(s_h, a_h). In this order of operations, equal models cancel to exactly zero:
+    """
+    if not (mask.any(1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ValueError("mask: every row must start with a response token and have no gap")
+    gap = (v - v_ref).masked_fill(~mask, 0)                                        # [B, T]
+    next_gap = F.pad(gap[:, 1:], (0, 1))                       # [B, T] V - V_ref at s_{h+1}
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))                                      # [B, T]
+    outcome = torch.where(last, reward[:, None] / beta, 0)                         # [B, T]
+    return q_ref.masked_fill(~mask, 0) + next_gap + outcome                        # [B, T]
+
+
+def reval_loss(q, v, q_ref, v_ref, reward, mask, beta, calibrated=True):
+    """ReVal's loss, eq. (2). Shapes as above. -> (loss, {"residual": [B], in nats}).
+
+    Sum Q - T Q over a response. As Q(s_h, a_h) = V(s_h) + log pi(a_h|s_h), every V(s_{h+1}) comes
+    once with plus and once with minus, and so does V_ref: the sum telescopes to
+
+        residual = V(s_1) - V_ref(s_1) + log pi(response) - log pi_ref(response) - r / beta
+
+    It is the sum that is squared; squaring its parts one by one is reported to collapse.
+
+    * Calibrated start: while the model equals the reference and r = 0, the residual of every
+      response is 0, and so is the gradient. TBRM (calibrated=False) leaves V_ref(s_1) out, and
+      begins by pushing V(s_1), some 10 nats, down to nothing.
+    * Fixed point: the residual is 0 everywhere for pi* = pi_ref exp(r / beta) / Z, with V*(s_1) =
+      V_ref(s_1) + log Z. Whoever wrote the responses, it is the same: so replay needs no
+      importance weights.
+    * Scale: at the start, with the centered reward, residual = -r / beta, and the gradient of
+      beta/2 * residual^2 is that of REINFORCE with the group's mean as baseline.
+    * beta goes with length: r / beta nats are spread over the tokens of a response, so longer
+      ones want a smaller beta. The paper's two settings have beta * length of about 10.
+    * Not determined: a constant added to all logits of a later state. Only pi and V(s_1) matter.
+    """
+    target = bellman_target(v, q_ref, v_ref, reward, mask, beta)                   # [B, T]
+    residual = (q - target).masked_fill(~mask, 0).sum(1)                           # [B]
+    if not calibrated:
+        residual = residual + v_ref[:, 0]                                          # [B]
+    return beta / 2 * residual.square().mean(), {"residual": residual.detach()}
+
+
+def grpo_loss(logp, logp_old, advantage, mask, n_tokens, clip_low=0.2, clip_high=0.28):
+    """GRPO's loss, to compare with. -> (loss, {"clipped": share of tokens beyond the clip}).
+
+    logp, logp_old, mask [B, T]; advantage [B], (r - mean) / (std + 1e-6) within the group. The sum
+    is divided by n_tokens, those of the whole batch. Here old data need the importance weight
+    pi / pi_old, and beyond the clip they teach nothing.
+    """
+    ratio = (logp - logp_old).masked_fill(~mask, 0).exp()                          # [B, T]
+    near = ratio.clamp(1 - clip_low, 1 + clip_high)                                # [B, T]
+    gain = torch.minimum(ratio * advantage[:, None], near * advantage[:, None])    # [B, T]
+    clipped = (ratio != near).sum().item() / n_tokens
+    return -gain.masked_fill(~mask, 0).sum() / n_tokens, {"clipped": clipped}
+
+
+# ---- 10. One gradient ----------------------------------------------------------------------------
+
+def add_signals(trajectories, cfg):
+    """Writes into each trajectory the "signal" its loss sees: the reward, that less the mean of
+    its group (the cfg.rollouts responses to one problem), or GRPO's advantage."""
+    reward = torch.tensor([t["reward"] for t in trajectories]).view(-1, cfg.rollouts)  # [P, R]
+    centered = reward - reward.mean(1, keepdim=True)                               # [P, R]
+    signal = centered if cfg.reward == "centered" else reward                      # [P, R]
+    if cfg.algo == "grpo":
+        signal = centered / (reward.std(1, keepdim=True) + 1e-6)                   # [P, R]
+    for t, value in zip(trajectories, signal.flatten()):
+        t["signal"] = value
+
+
+def gradient(model, batch, cfg):
+    """Puts the gradient of the loss of a batch, clipped, into model. -> figures of the batch.
+
+    Micro-batches save memory and change nothing: each sum is divided by a count of the whole
+    batch. If something is not finite: FloatingPointError, which names the response.
+    """
+    model.zero_grad()
+    n_tokens = sum(len(t["response"]) for t in batch)
+    stats = dict.fromkeys(("loss", "residual", "v_gap", "kl", "entropy"), 0.0)
+    for group in micro_batches(batch, cfg.micro_batch_tokens):
+        q, v, mask = score(model, group)                                           # [B, T] each
+        q_ref, v_ref = (pad([t[k] for t in group], q.device) for k in ("q_ref", "v_ref"))  # [B, T]
+        signal = torch.stack([t["signal"] for t in group]).to(q.device)            # [B]
+        if cfg.algo == "grpo":
+            logp_old = pad([t["q_old"] - t["v_old"] for t in group], q.device)     # [B, T]
+            loss, _ = grpo_loss(q - v, logp_old, signal, mask, n_tokens)
+        else:
+            loss, info = reval_loss(q, v, q_ref, v_ref, signal, mask, cfg.beta, cfg.algo == "reval")
+            loss = loss * len(group) / len(batch)
+            stats["residual"] += info["residual"].square().sum().item() / len(batch)
+        loss.backward()
+        stats["loss"] += loss.item()
+        stats["v_gap"] += (v - v_ref)[:, 0].sum().item() / len(batch)
+        stats["kl"] += ((q - v) - (q_ref - v_ref)).sum().item() / len(batch)
+        stats["entropy"] += (v - q).sum().item() / n_tokens
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(stats["loss"] + norm):
+        if len(batch) == 1:
+            raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for the response "
+                                     f"of step {batch[0]['step']} to {batch[0]['problem']!r:.200}")
+        for t in batch:  # alone, the culprit names itself
+            gradient(model, [t], cfg)
+        raise FloatingPointError(f"gradient norm {norm} for a batch without a single culprit")
+    stats["residual"] = math.sqrt(stats["residual"]) if cfg.algo != "grpo" else None
+    return stats | {"grad_norm": norm}
+
+
+# ---- 11. The record of a run ---------------------------------------------------------------------
+
+METRICS = ("step rollouts updates reward accuracy loss residual v_gap kl grad_norm entropy length "
+           "truncated age seconds_rollout seconds_update").split()
+COLUMNS = {"step": (4, 0), "rollouts": (8, 0), "reward": (6, 3), "accuracy": (8, 3),
+           "residual": (8, 2), "kl": (7, 2), "length": (7, 1), "age": (5, 1), "seconds": (7, 1)}
+
+
+def open_run(cfg):
+    """Makes the folder of the run, never one that exists, and writes config.json into it."""
+    out = base = Path(cfg.out or f"runs/{cfg.preset}-{cfg.algo}-s{cfg.seed}")
+    while out.exists():
+        if cfg.out:
+            raise UserError(f"--out {out}: it exists; name a new folder")
+        out = base.with_name(f"{base.name}-{int(out.name[len(base.name) + 1:] or 1) + 1}")
+    out.mkdir(parents=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    (out / "config.json").write_text(
+        json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=1), encoding="utf-8")
+    return out
+
+
+def record(out, row):
+    """Appends a row to metrics.jsonl and prints its main columns, under a head at step 0."""
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({key: row.get(key) for key in METRICS}) + "\n")
+    if row["step"] == 0:
+        print(" ".join(key.rjust(width) for key, (width, _) in COLUMNS.items()))
+    row = row | {"seconds": row.get("seconds_rollout", 0) + row.get("seconds_update", 0)}
+    print(" ".join("-".rjust(width) if row.get(key) is None else f"{row[key]:{width}.{digits}f}"
+                   for key, (width, digits) in COLUMNS.items()), flush=True)
+
+
+def print_samples(trajectories):
+    """One right and one wrong response, as text."""
+    for word, reward in (("right", 1), ("wrong", 0)):
+        for t in [t for t in trajectories if t["reward"] == reward][:1]:
+            text = t["text"] + "[cut]" * (not t["ended"])
+            print(f"  {word}: {t['problem']!r:.300} -> {text!r:.300}")
+
+
+def save(model, tokenizer, out):
+    """Writes out/model, for from_pretrained, under that name only when whole; and curves.png."""
+    model.save_pretrained(out / "model.part")
+    tokenizer.save_pretrained(out / "model.part")
+    (out / "model.part").rename(out / "model")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no curves.png: python -m pip install matplotlib")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
+    figure = Figure(figsize=(15, 3), layout="constrained")
+    for axis, key in zip(figure.subplots(1, 5), ("reward", "accuracy", "residual", "kl", "length")):
+        points = [(row["rollouts"], row[key]) for row in rows if row[key] is not None]
+        axis.plot([x for x, _ in points], [y for _, y in points])
+        axis.set(title=key, xlabel="rollouts")
+    figure.savefig(out / "curves.png")
+
+
+def peak_memory_mb(device):
+    """Peak memory: the GPU's where there is one, else the process's (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# ---- 12. Training --------------------------------------------------------------------------------
+
+def evaluate(model, tokenizer, problems, cfg, step):
+    """-> (share of problems whose sampled response is right, its standard error)."""
+    rewards = [t["reward"] for t in rollout(model, tokenizer, problems, cfg, step, "evaluation")]
+    return fmean(rewards), float(np.std(rewards) / math.sqrt(len(rewards)))
+
+
+def train(cfg):
+    """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
+    begin = time.time()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available() and cfg.preset != "toy"
+    device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
+    if not cfg.data:
+        torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
+    problems, held_out = load_problems(cfg)
+    model, tokenizer = load_model(cfg, device)
+    out = open_run(cfg)
+    print(f"{cfg}\n{device}, {model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} "
+          f"problems, {len(held_out)} held out, results in {out}", flush=True)
+    if not cfg.model:
+        distill(model, tokenizer, cfg)
+        print(f"distilled: {cfg.distill_steps} steps, {time.time() - begin:.0f} s", flush=True)
+
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    batch_size = cfg.prompts * cfg.rollouts
+    buffer = ReplayBuffer(cfg.buffer * batch_size, cfg.seed)
+    before = after = evaluate(model, tokenizer, held_out, cfg, 0)
+    record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before[0]})
+    tokens = seconds = 0
+
+    for step in range(1, cfg.steps + 1):
+        # 1. Collect: a few problems, several responses to each by the live model.
+        start = time.time()
+        chosen = rng(cfg.seed, step, "prompts").choice(
+            len(problems), cfg.prompts, replace=cfg.prompts > len(problems))
+        asked = [problems[i] for i in chosen for _ in range(cfg.rollouts)]
+        fresh = rollout(model, tokenizer, asked, cfg, step, "rollout")
+        add_signals(fresh, cfg)
+        cache_values(reference, fresh, cfg, "ref")
+        if cfg.algo == "grpo":
+            cache_values(model, fresh, cfg, "old")
+        buffer.add(fresh)
+        sampled = time.time()
+
+        # 2. Learn: once from the fresh batch, then from the buffer (GRPO: the fresh batch again).
+        decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1
+        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup)) * decay
+        stats, ages = [], []
+        for k in range(cfg.updates):
+            replay = k > 0 and cfg.algo != "grpo"
+            batch = buffer.sample(batch_size) if replay else fresh
+            stats.append(gradient(model, batch, cfg))
+            optimizer.step()
+            ages += [step - t["step"] for t in batch if replay]
+
+        # 3. Now and then the reference catches up: what was cached from the old one is stale.
+        if cfg.ref_reset and step % cfg.ref_reset == 0:
+            reference.load_state_dict(model.state_dict())
+            cache_values(reference, buffer.items, cfg, "ref")
+        learned = time.time()
+
+        # 4. Tell. Figures of the fresh batch are those of the policy that sampled it.
+        tokens += sum(len(t["response"]) for t in fresh)
+        seconds += sampled - start
+        look = step % cfg.eval_every == 0 or step == cfg.steps
+        if look:
+            after = evaluate(model, tokenizer, held_out, cfg, step)
+        record(out, stats[0] | {
+            "step": step, "rollouts": step * batch_size, "updates": step * cfg.updates,
+            "reward": fmean(t["reward"] for t in fresh), "accuracy": after[0] if look else None,
+            "grad_norm": fmean(s["grad_norm"] for s in stats),
+            "length": fmean(len(t["response"]) for t in fresh),
+            "truncated": fmean(not t["ended"] for t in fresh), "age": fmean(ages) if ages else None,
+            "seconds_rollout": sampled - start, "seconds_update": learned - sampled})
+        if look:
+            print_samples(fresh)
+
+    save(model, tokenizer, out)
+    return {"accuracy_before": before[0], "accuracy_after": after[0], "stderr": after[1],
+            "steps": cfg.steps, "rollouts": cfg.steps * batch_size,
+            "updates": cfg.steps * cfg.updates, "tokens_generated": tokens,
+            "seconds": time.time() - begin, "tokens_per_second": tokens / max(seconds, 1e-9),
+            "peak_memory_mb": peak_memory_mb(device), "out": str(out)}
+
+
+def main(argv):
+    """The command line. -> exit status: 0, or 2 after one line on what went wrong."""
+    try:
+        summary = train(parse_args(argv))
+    except (UserError, FloatingPointError) as error:
+        print(f"reval_min: error: {error}", file=sys.stderr)
+        return 2
+    for key, value in summary.items():
+        print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
