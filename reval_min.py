@@ -66,6 +66,11 @@ def rng(seed, step, purpose):
     return np.random.default_rng([seed, step, zlib.crc32(purpose.encode())])
 
 
+def progress(items, what):
+    """Goes through items with a progress bar, if it takes more than 2 s and a person is looking."""
+    return tqdm(items, what, disable=None, leave=False, delay=2)
+
+
 # ---- 1. Settings ---------------------------------------------------------------------------------
 # One dataclass gives flags, defaults, help and validation. A row's first two values are the two
 # presets': the laptop's toy run, and the paper's run of a 1.5B model.
@@ -308,8 +313,8 @@ def load_model(cfg, device):
         raise UserError(f"--model {cfg.model}: it names no end-of-sequence token")
     pad_id = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=sorted(ends),
-        pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id)
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=cfg.max_new_tokens,
+        eos_token_id=sorted(ends), pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id)
     return model, tokenizer
 
 
@@ -412,15 +417,15 @@ def score(model, batch):
 
 
 def micro_batches(batch, max_tokens):
-    """Yields the batch in lists of up to max_tokens padded tokens (one response at least), like
-    lengths together, so that little of them is padding."""
-    group = []
-    for t in sorted(batch, key=lambda t: len(t["prompt"]) + len(t["response"])):
-        if group and (len(group) + 1) * (len(t["prompt"]) + len(t["response"])) > max_tokens:
-            yield group
-            group = []
-        group.append(t)
-    yield group
+    """The batch as lists of up to max_tokens padded tokens (one response at least), like lengths
+    together, so that little of them is padding."""
+    groups = [[]]
+    sizes = [len(t["prompt"]) + len(t["response"]) for t in batch]
+    for i in sorted(range(len(batch)), key=sizes.__getitem__):
+        if groups[-1] and (len(groups[-1]) + 1) * sizes[i] > max_tokens:
+            groups.append([])
+        groups[-1].append(batch[i])
+    return groups
 
 
 # ---- 6. The warm start ---------------------------------------------------------------------------
@@ -447,7 +452,7 @@ def distill(model, tokenizer, cfg):
     """Supervised learning from the teacher: the mean of -log pi = V - Q over its tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     generator = rng(cfg.seed, 0, "distillation")
-    for step in tqdm(range(cfg.distill_steps), "distilling", disable=None):
+    for step in progress(range(cfg.distill_steps), "distilling"):
         done, batch = step / cfg.distill_steps, []
         for _ in range(32):
             problem = make_problem(generator, held_out=False)["problem"]
@@ -476,20 +481,22 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
     torch.manual_seed(int(rng(cfg.seed, step, purpose).integers(2**62)))
     ends = torch.tensor(model.generation_config.eos_token_id)
     trajectories = []
-    chunks = range(0, len(problems), ROLLOUT_BATCH)
-    for start in tqdm(chunks, "sampling", disable=None, leave=False, delay=2):
+    for start in progress(range(0, len(problems), ROLLOUT_BATCH), "sampling"):
         chunk = problems[start:start + ROLLOUT_BATCH]
         prompts = [encode_prompt(tokenizer, p["problem"], cfg) for p in chunk]
         # generate() wants the prompts to end side by side: padding goes to the left.
         tokens = pad(prompts, model.device, "left")                                # [B, P]
         mask = pad([torch.ones_like(p) for p in prompts], model.device, "left")    # [B, P]
-        sampled = model.generate(tokens, attention_mask=mask, max_new_tokens=cfg.max_new_tokens)
+        sampled = model.generate(tokens, attention_mask=mask,
+                                 generation_config=model.generation_config)
         for p, prompt, response in zip(chunk, prompts, sampled[:, tokens.shape[1]:].cpu()):
             stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
             response = response[:stops[0] + 1 if stops else None].clone()          # [T]
             text = tokenizer.decode(response, skip_special_tokens=True)
-            # A response that was cut has concluded nothing, even if it holds a box.
-            reward = float(bool(stops) and is_correct(text, p["answer"]))
+            # Some chat templates open the thought. And a response that was cut has concluded
+            # nothing, even if it holds a box.
+            thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
+            reward = float(bool(stops) and is_correct(thought + text, p["answer"]))
             trajectories.append({**p, "prompt": prompt, "response": response, "text": text,
                                  "ended": bool(stops), "reward": reward, "step": step})
     return trajectories
@@ -500,7 +507,7 @@ def cache_values(model, trajectories, cfg, name):
     """Writes the model's "q_<name>" and "v_<name>" [T] into each trajectory. The reference's serve
     at every reuse, so they are computed once: by the live model's function, or equal models would
     not cancel to zero. GRPO also needs those of the policy that sampled."""
-    for group in micro_batches(trajectories, cfg.micro_batch_tokens):
+    for group in progress(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
         q, v, mask = (x.cpu() for x in score(model, group))                        # [B, T] each
         for i, t in enumerate(group):
             t["q_" + name], t["v_" + name] = q[i][mask[i]], v[i][mask[i]]          # [T], [T]
@@ -624,7 +631,7 @@ def gradient(model, batch, cfg):
     model.zero_grad()
     n_tokens = sum(len(t["response"]) for t in batch)
     stats = dict.fromkeys(("loss", "residual", "v_gap", "kl", "entropy"), 0.0)
-    for group in micro_batches(batch, cfg.micro_batch_tokens):
+    for group in progress(micro_batches(batch, cfg.micro_batch_tokens), "learning"):
         q, v, mask = score(model, group)                                           # [B, T] each
         q_ref, v_ref = (pad([t[k] for t in group], q.device) for k in ("q_ref", "v_ref"))  # [B, T]
         signal = torch.stack([t["signal"] for t in group]).to(q.device)            # [B]
@@ -662,11 +669,11 @@ COLUMNS = {"step": (4, 0), "rollouts": (8, 0), "reward": (6, 3), "accuracy": (8,
 
 def open_run(cfg):
     """Makes the folder of the run, never one that exists, and writes config.json into it."""
-    out = base = Path(cfg.out or f"runs/{cfg.preset}-{cfg.algo}-s{cfg.seed}")
-    while out.exists():
-        if cfg.out:
-            raise UserError(f"--out {out}: it exists; name a new folder")
-        out = base.with_name(f"{base.name}-{int(out.name[len(base.name) + 1:] or 1) + 1}")
+    name = f"runs/{cfg.preset}-{cfg.algo}-s{cfg.seed}"
+    names = [cfg.out] if cfg.out else (name + f"-{n}" * (n > 1) for n in range(1, 10**6))
+    out = next((Path(name) for name in names if not Path(name).exists()), None)
+    if out is None:
+        raise UserError(f"--out {cfg.out}: it exists; name a new folder")
     out.mkdir(parents=True)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     (out / "config.json").write_text(
