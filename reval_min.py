@@ -35,13 +35,17 @@ arXiv 2603.23355, published without code. Where this file differs from it or had
  7. Reward 0/1 and no reference reset unless asked. A reset recomputes the buffer's cached values.
 """
 import argparse
+import ast
 import copy
 import dataclasses
+import itertools
 import json
 import math
+import operator
 import re
 import sys
 import time
+import unicodedata
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -159,51 +163,199 @@ def parse_args(argv):
 
 
 # ---- 2. The answer checker -----------------------------------------------------------------------
-# It is the reward: what it gets wrong, the model will learn. So it is a rule that anyone can read,
-# and it compares exactly.
+# It is the reward: what it gets wrong, the model will learn. So it is a rule anyone can read, and
+# in doubt it says no: an answer that was only thought, was cut, hedges, negates or lists others is
+# wrong. Units, currency and "x =" may be missing, but not differ. Numbers compare exactly. Extract,
+# normalize, parse, compare: each step takes time linear in the text, and none ever raises.
 
 def extract_answer(response):
     r"""The final answer of a response, as text, or None.
 
-    Only what follows the last </think> counts. There: the last \boxed{...}, braces nested; else
-    what follows the last ####; else what follows the last "answer is" or "answer:".
+    Only what follows the last </think> counts. There: the last \boxed{...}; else the last <answer>
+    tag; else what follows the last ####; else what follows the last "answer is" or "answer:".
     """
     text = response.rpartition("</think>")[2]
     if "<think>" in text:  # a thought that does not end concludes nothing
         return None
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for brace in re.finditer(r"[{}]", text[start:]):
-            depth += 1 if brace[0] == "{" else -1
+    boxes = [m.end() for m in re.finditer(r"\\boxed\s*\{", text)]
+    if boxes:
+        depth = 1
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, boxes[-1]):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} do not nest
             if depth == 0:
-                return text[start + len("\\boxed{"):start + brace.start()].strip() or None
+                before, after = text[:boxes[-1]][-60:], text[brace.end():][:20]
+                hedged = (re.search(r"(n't|\bnot|\bor)\b[\s$}({\\]*\\boxed\s*\{$", before)
+                          or re.match(r"[\s$]*(\\text\s*\{)?\s*or\b", after))
+                return None if hedged else text[boxes[-1]:brace.start()].strip() or None
         return None  # cut inside the box
-    for mark in ("####", r"(?i:answer)[ \t]*(?:is|:)"):
-        found = re.findall(mark + r"[ \t]*([^\n]*)", text)
-        if found:
-            return found[-1].strip() or None
-    return None
+    tag, tail = text.rpartition("</answer>")[0].rpartition("<answer>")[1:]
+    if tag:
+        return tail.strip() or None
+    if "####" in text:  # as in GSM8K: a number, or all of the line
+        line = text.rpartition("####")[2].strip().split("\n")[0]
+        value = re.match(r"[-+$]*\d[\d,]*(\.\d+)?(?=[.,]?\s)", line)
+        return (value[0] if value else line) or None
+    ends = [m.end() for m in re.finditer(r"(?i)\banswer\b(?:\W*(?:is|are|was)\b|[\s*]*[:=])", text)]
+    line = text[ends[-1]:].lstrip(" \t\n:*").split("\n")[0] if ends else ""
+    return re.split(r"[.!]\s", line + " ")[0].strip() or None
 
 
-def parse_number(text):
-    r"""An integer, a decimal, a/b or \frac{a}{b} as an exact Fraction; None for anything else."""
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234 is one number
-    match = re.fullmatch(r"([+-]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400}))(?:/(\d{1,400}))?", text)
-    if not match or match[2] and int(match[2]) == 0:
+UNICODE = str.maketrans({
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "²": "^2", "³": "^3",
+    "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "°": r"\circ "})
+REWRITES = [(re.compile(pattern), new) for pattern, new in (  # in this order
+    (r"\{,\}|,\\!", ","), (r"\\\\", ";"), ("&", ","),  # 1{,}234; rows and cells of a matrix
+    (r"[\s~]+|\\ ", " "), (r"(?:\\left ?)?[\[(]? ?\\begin\{(?:array\}\{[^{}]*|\w*matrix)\}", "⟦"),
+    (r"\\end\{(?:array|\w*matrix)\} ?(?:\\right ?)?[\])]?", "⟧"),  # all matrices alike
+    (r"\\[,!;:>()\[\]]|\\q?quad(?![a-z])|\\(?:left|right|[bB]igg?[lr]?|displaystyle)\b", " "),
+    (r"\\\$|[$€£¥`]|\*\*(?=\W|$)|^\*\*", ""),  # currency and bold type
+    (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
+    (r"\\[dt]frac", r"\\frac"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\*", "^"),
+    (r"\\lt(?![a-z])", "<"), (r"\\leq?(?:slant)?(?![a-z])", "<="),
+    (r"\\gt(?![a-z])", ">"), (r"\\geq?(?:slant)?(?![a-z])", ">="),
+    (r"\.(\d*)(?:\\overline\{|\()(\d+)[})]", lambda m: f".{m[1]}{m[2] * 40:.40}"),  # 0.1(6)
+    (r"\\%| ?\bpercent(?:age)?\b", "%"), (r"\^?\{?\\(?:circ|degree)\b ?\}?", " degrees "),
+    (r"\\\{", "⦃"), (r"\\\}", "⦄"),  # the braces of a set; plain ones only group
+    (r"\\sqrt ?(\w)", r"\\sqrt{\1}"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"(\d) ?\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),  # 1\frac12 is a mixed number
+    (r"\\frac\{(-?[\w.]+)\}\{([\w.]+)\}", r"\1/\2"), (r"([\^_])\{(-?\w+)\}", r"\1\2"),
+    (r"(\d), +(?=\d{3}\b)", r"\1;"), (" +", " "), (r"(?<!\w) | (?!\w)", ""))]  # 1, 234 is a list
+
+
+def normalize(text):
+    """An answer without its typesetting, and in one spelling where there are several."""
+    if not text.isascii():
+        text = re.sub(r"([¼-¾⅐-⅞])", r" \1", text).translate(UNICODE)  # 1½ is 1 1/2
+        text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+        text = re.sub(r"\d", lambda digit: str(unicodedata.digit(digit[0])), text)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = re.sub(r"^\{+([^{}]*)\}+$", r"\1", text.rstrip(" .,;:\\"))
+    if ">" in text and "<" not in text:  # x > 5 is 5 < x
+        text = "".join(re.split("(>=?)", text)[::-1]).replace(">", "<")
+    chain = re.fullmatch(r"([^<]+)<(=?)[^<=]+<(=?)([^<=]+)", text)  # 1 < x <= 2 is (1,2]
+    return text if not chain else (
+        f"{'(['[chain[2] == '=']}{chain[1]},{chain[4]}{')]'[chain[3] == '=']}")
+
+
+OPERATIONS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Call: lambda name, x: math.sqrt(x),
+    ast.Pow: lambda x, y: x ** (int(y) if y == int(y) else y) if abs(y) <= 400 else None}  # in time
+
+
+def value_of(node):
+    """The value of a formula's syntax tree: a Fraction, or a float if a root, pi or a letter is in
+    it. A letter stands for some number of its own, so that x + 1 is 1 + x."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    if isinstance(node, ast.Name):
+        return math.pi if node.id == "π" else 1 + zlib.crc32(node.id.encode()) / 2**32
+    operands = [value_of(x) for x in ast.iter_child_nodes(node) if isinstance(x, ast.expr)]
+    return OPERATIONS[type(getattr(node, "op", node))](*operands)
+
+
+def number(text):
+    """The value of a normalized number or formula, Fraction or float; None for anything else."""
+    if len(text) > 400:
         return None
-    return Fraction(match[1]) / int(match[2] or 1)
+    if re.fullmatch(r"[+-]?\d{1,3}((,\d{3})+(\.\d*)?|( \d{3})+)", text):
+        text = re.sub("[, ]", "", text)  # 1,234 is one number
+    text = re.sub(r"\\?\bpi(?![a-z])|(?<=\d)pi(?![a-z])", "π", text).replace("\\sqrt", "√")
+    text = re.sub(r"(\d+) (\d+/\d+)", r"(\1+\2)", text.replace("\\frac", "").replace("}{", ")/("))
+    if re.search(r"[A-Za-z]{3}|[A-Z]{2}|\d_", text):
+        return None  # a word; or 210_7, which is not 2107
+    text = re.sub(r"(?:\d+\.\d*|\.?\d+)(?:[eE][+-]?\d{1,3}(?!\d))?", lambda m: str(
+        int(m[0]) if m[0].isdigit() else f"({Fraction(m[0])})"), text)
+    text = re.sub(  # 2x is 2*x
+        r"(?<=[\dA-Za-zπ)}]) ?(?=[A-Za-zπ√({])|(?<=[A-Za-zπ)}]) ?(?=\d)", "*", text)
+    if not re.fullmatch(r"[0-9A-Za-z_π√+*/(){}^-]+", text):
+        return None
+    for old, new in (("{", "("), ("}", ")"), ("√", "sqrt"), ("^", "**")):
+        text = text.replace(old, new)
+    try:
+        value = value_of(ast.parse(text, mode="eval").body)
+        return value if isinstance(value, (Fraction, float)) and value == value else None
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError,
+            MemoryError):
+        return None
+
+
+UNIT = re.compile(r"(?<=[\d)}]) ?(%|[kcm]?m\^[23]|[kcm]m|k?g|"
+                  r"(?<= )(?:[A-Za-z][A-Za-z./ ]+|[mgsLhN])(?:\^?\d)?)$")
+NO_UNIT = {*"or and not mod hundred thousand million billion trillion dozen".split()}
+
+
+def equal_numbers(a, b):
+    """Do two normalized texts name one number? None if they are not both numbers."""
+    (a, unit_a), (b, unit_b) = ((UNIT.split(x)[:2] if len(x) < 500 and UNIT.search(x) else (x, ""))
+                                for x in (a, b))
+    x, y = number(a), number(b)
+    if x is None or y is None or NO_UNIT & {*unit_a.split(), *unit_b.split()}:
+        return None
+    if "%" in (unit_a, unit_b) and unit_a != unit_b:  # 12% is 12 or 0.12, but 12 is not 0.12
+        return y in (x, x / 100) if unit_a == "%" else x in (y, y / 100)
+    if unit_a and unit_b and unit_a.lower().rstrip("s") != unit_b.lower().rstrip("s"):
+        return False
+    for text, d, v in ((a, x, y), (b, y, x)):  # six digits or more stand for a value without end
+        digits = re.fullmatch(r"[+-]?0*\.?0*(\d*\.?\d+)", text)
+        if "." in text and digits and len(digits[1].replace(".", "")) >= 6 and (
+                isinstance(v, float) or pow(10, 400, v.denominator)):
+            gap = (v - d) * (1 if d > 0 else -1) * 10 ** len(text.partition(".")[2])
+            return -0.5 <= gap < 1  # rounded or cut off
+    return x == y or float in (type(x), type(y)) and math.isclose(x, y, rel_tol=1e-10)
+
+
+def split(text):
+    """A normalized list, tuple, interval, set or matrix. -> its brackets, items, separators."""
+    text, depth, items, separators = re.sub("[,;]? and |,and ", ",", text), 0, [""], ""
+    depths = [*itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
+    whole = text[:1] in tuple("([{⦃⟦") and 0 not in depths[:-1] and depths[-1:] == [0]
+    for c, depth in zip(text[whole:len(text) - whole], depths[whole:]):
+        if c in ",;" and depth == whole:
+            items, separators = items + [""], separators + c
+        else:
+            items[-1] += c
+    return (text[:1] + text[-1:]) * whole, items, separators
+
+
+NAME = re.compile(
+    r"([A-Za-z][\w:{}']*|\([A-Za-z,]*\))(?:=|\\in(?![a-z]))(.*)|(.*)=([A-Za-z])", re.S)
+CHOICE = re.compile(r"(?:(?:option|choice) )?\(?([A-J])(\)?|[.:)].*)", re.S | re.I)
+WORDS = re.compile(r"(?=.*[A-Za-z]{2})[\w\s'.,?!-]*")
+
+
+def same(a, b, depth=0):
+    """Are two normalized answers the same?"""
+    if a == b or len(a) + len(b) > 10_000 or depth > 4:  # no other answer is that long or deep
+        return a == b != ""
+    choices = [CHOICE.fullmatch(x) for x in (a, b)]
+    if all(choices) and any(m[2] in ("", ")") for m in choices):  # C is (C) is "C. Neon"
+        return choices[1][1] in (choices[0][1], choices[0][1].upper())
+    equal = equal_numbers(a, b)
+    if equal is not None:
+        return equal
+    names = [NAME.fullmatch(x) for x in (a, b)]
+    if any(names):
+        (name_a, a), (name_b, b) = (
+            (m[1] or m[4], m[2] or m[3] or "") if m else (None, x) for m, x in zip(names, (a, b)))
+        return (None in (name_a, name_b) or name_a == name_b) and same(a, b, depth + 1)
+    (kind_a, items_a, marks_a), (kind_b, items_b, marks_b) = split(a), split(b)
+    if len(items_a) == len(items_b) and len(items_a) + len(kind_a) > 1:
+        if {kind_a, kind_b} <= {"", "⦃⦄", "{}"}:  # these have no order
+            items_a, items_b = (sorted(items, key=lambda item: str(number(item) or item))
+                                for items in (items_a, items_b))
+        elif kind_a != kind_b or kind_a == "⟦⟧" and marks_a != marks_b:
+            return False
+        return all(same(x, y, depth + 1) for x, y in zip(items_a, items_b))
+    return bool(WORDS.fullmatch(a)) and a.lower().rstrip("!") == b.lower().rstrip("!")
 
 
 def is_correct(response, gold):
-    """Is the response's final answer the gold one? Numbers as rationals, all else as text."""
+    """Is the response's final answer the gold one? Any two strings give a bool."""
     answer = extract_answer(response)
-    if answer is None:
-        return False
-    answer, gold = (re.sub(r"\\[,!;$]|[$\s]|\.$", "", text.strip()) for text in (answer, gold))
-    a, b = parse_number(answer), parse_number(gold)
-    return a == b if a is not None and b is not None else answer == gold != ""
+    gold = extract_answer(gold) if "\\boxed" in gold else gold
+    return answer is not None and gold is not None and same(normalize(answer), normalize(gold))
 
 
 # ---- 3. Problems: the built-in task, or a file ---------------------------------------------------
@@ -245,16 +397,19 @@ def read_problems(path):
                 [json.loads(line) for line in text.split("\n") if line.strip()])
     except ValueError as error:
         raise UserError(f"{path}: neither JSONL nor a JSON array ({error})")
-    problems = {}  # by text: the same problem must not be both trained on and held out
+    problems, dropped = {}, []  # by text: no problem may be both trained on and held out
     for row in rows:
         row = {key.lower(): value for key, value in row.items()} if type(row) is dict else {}
         problem = row.get("problem") or row.get("question")
         answer = str(row.get("answer")).rpartition("####")[2].strip()  # GSM8K: after a solution
-        if problem and row.get("answer") is not None and is_correct(f"\\boxed{{{answer}}}", answer):
+        usable = row.get("answer") is not None and is_correct(f"\\boxed{{{answer}}}", answer)
+        if problem and usable and problem not in problems:
             problems[problem] = {"problem": problem, "answer": answer}
-    if len(problems) < len(rows):
-        print(f"{path}: dropped {len(rows) - len(problems)} of {len(rows)} rows, which repeat a "
-              "problem or have no usable answer")
+        else:
+            dropped.append(row)
+    if dropped:
+        print(f"{path}: dropped {len(dropped)} of {len(rows)} rows, which repeat a problem or have "
+              f"no answer that can be checked; the first is {dropped[0]!r:.200}")
     if not problems:
         raise UserError(f"{path}: no row has both a problem and a usable answer")
     return list(problems.values())
