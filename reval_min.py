@@ -169,35 +169,30 @@ def parse_args(argv):
 # normalize, parse, compare: each step takes time linear in the text, and none ever raises.
 
 def extract_answer(response):
-    r"""The final answer of a response, as text, or None.
-
-    Only what follows the last </think> counts. There: the last \boxed{...}; else the last <answer>
-    tag; else what follows the last ####; else what follows the last "answer is" or "answer:".
-    """
+    r"""The final answer of a response, as text, or None. Only what follows </think> counts. There:
+    the last \boxed{...}; else the last <answer> tag; else the line after the last ####; else
+    the line after the last "answer is" or "answer:"."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:  # a thought that does not end concludes nothing
         return None
     boxes = [m.end() for m in re.finditer(r"\\boxed\s*\{", text)]
-    if boxes:
-        depth = 1
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, boxes[-1]):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} do not nest
-            if depth == 0:
-                before, after = text[:boxes[-1]][-60:], text[brace.end():][:20]
-                hedged = (re.search(r"(n't|\bnot|\bor)\b[\s$}({\\]*\\boxed\s*\{$", before)
-                          or re.match(r"[\s$]*(\\text\s*\{)?\s*or\b", after))
-                return None if hedged else text[boxes[-1]:brace.start()].strip() or None
-        return None  # cut inside the box
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, boxes[-1]) if boxes else ():
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} do not nest
+        if depth == 0:
+            before, after = text[:boxes[-1]][-60:], text[brace.end():][:20]
+            hedged = (re.search(r"(n't|\bnot|\bor)\b[\s$}({\\]*\\boxed\s*\{$", before)
+                      or re.match(r"[\s$]*(\\text\s*\{)?\s*or\b", after))
+            return None if hedged else text[boxes[-1]:brace.start()].strip() or None
     tag, tail = text.rpartition("</answer>")[0].rpartition("<answer>")[1:]
-    if tag:
-        return tail.strip() or None
-    if "####" in text:  # as in GSM8K: a number, or all of the line
-        line = text.rpartition("####")[2].strip().split("\n")[0]
-        value = re.match(r"[-+$]*\d[\d,]*(\.\d+)?(?=[.,]?\s)", line)
-        return (value[0] if value else line) or None
-    ends = [m.end() for m in re.finditer(r"(?i)\banswer\b(?:\W*(?:is|are|was)\b|[\s*]*[:=])", text)]
-    line = text[ends[-1]:].lstrip(" \t\n:*").split("\n")[0] if ends else ""
-    return re.split(r"[.!]\s", line + " ")[0].strip() or None
+    if boxes or tag:  # a box that is here was cut
+        return None if boxes else tail.strip() or None
+    for mark in ("####", r"(?i:\banswer\b(?:\W*(?:is|are|was)\b|[\s*]*[:=]))"):
+        parts = re.split(mark, text)
+        if len(parts) > 1:
+            line = parts[-1].lstrip(" \t\n:*").partition("\n")[0]
+            return re.split(r"[.!]\s", line + " ")[0].strip() or None
+    return None
 
 
 UNICODE = str.maketrans({
@@ -233,15 +228,15 @@ def normalize(text):
     text = re.sub(r"^\{+([^{}]*)\}+$", r"\1", text.rstrip(" .,;:\\"))
     if ">" in text and "<" not in text:  # x > 5 is 5 < x
         text = "".join(re.split("(>=?)", text)[::-1]).replace(">", "<")
-    chain = re.fullmatch(r"([^<]+)<(=?)[^<=]+<(=?)([^<=]+)", text)  # 1 < x <= 2 is (1,2]
-    return text if not chain else (
-        f"{'(['[chain[2] == '=']}{chain[1]},{chain[4]}{')]'[chain[3] == '=']}")
+    return re.sub(r"^([^<]+)<(=?)[^<=]+<(=?)([^<=]+)$", lambda m: (  # 1 < x <= 2 is (1,2]
+        "(["[m[2] == "="] + f"{m[1]},{m[4]}" + ")]"[m[3] == "="]), text)
 
 
 OPERATIONS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Call: lambda name, x: math.sqrt(x),
-    ast.Pow: lambda x, y: x ** (int(y) if y == int(y) else y) if abs(y) <= 400 else None}  # in time
+    ast.Pow: lambda x, y: (x ** (int(y) if y == int(y) else y)  # a huge power takes forever
+                           if abs(y) * len(str(x)) < 4000 else None)}
 
 
 def value_of(node):
@@ -275,7 +270,7 @@ def number(text):
         text = text.replace(old, new)
     try:
         value = value_of(ast.parse(text, mode="eval").body)
-        return value if isinstance(value, (Fraction, float)) and value == value else None
+        return value if math.isfinite(value) else None
     except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError,
             MemoryError):
         return None
@@ -297,13 +292,15 @@ def equal_numbers(a, b):
         return y in (x, x / 100) if unit_a == "%" else x in (y, y / 100)
     if unit_a and unit_b and unit_a.lower().rstrip("s") != unit_b.lower().rstrip("s"):
         return False
-    for text, d, v in ((a, x, y), (b, y, x)):  # six digits or more stand for a value without end
-        digits = re.fullmatch(r"[+-]?0*\.?0*(\d*\.?\d+)", text)
+    if x == y or float in (type(x), type(y)) and math.isclose(x, y, rel_tol=1e-10):
+        return True
+    for text, d, v in ((a, x, y), (b, y, x)):  # six digits or more stand for a value without end,
+        digits = re.fullmatch(r"[+-]?0*\.?0*(\d*\.?\d+)", text)  # rounded or cut off
         if "." in text and digits and len(digits[1].replace(".", "")) >= 6 and (
                 isinstance(v, float) or pow(10, 400, v.denominator)):
-            gap = (v - d) * (1 if d > 0 else -1) * 10 ** len(text.partition(".")[2])
-            return -0.5 <= gap < 1  # rounded or cut off
-    return x == y or float in (type(x), type(y)) and math.isclose(x, y, rel_tol=1e-10)
+            gap = (Fraction(v) - d) * (1 if d > 0 else -1) * 10 ** len(text.partition(".")[2])
+            return -0.5 <= gap < 1
+    return False
 
 
 def split(text):
@@ -877,12 +874,11 @@ def peak_memory_mb(device):
     """Peak memory: the GPU's where there is one, else the process's (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return None
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux kB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    import resource  # whose unit is a byte on macOS, a kB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 # ---- 12. Training --------------------------------------------------------------------------------
