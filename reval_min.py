@@ -17,10 +17,10 @@ and then (4, 2, 2), the reference's (1, 1, 2) twice; token 1 is taken, then toke
 twice, V_ref log 4 twice, pi 1/4 and 1/2, pi_ref 1/4 twice, and
 residual = log 8 - log 4 + log(1/4 * 1/2) - log(1/4 * 1/4) - 2 = -0.6137, loss = 0.0942.
 
-    python reval_min.py                              the built-in task, on a laptop: @@ minutes
-    python reval_min.py --algo grpo --updates 1      the usual baseline on it: @@ minute
+    python reval_min.py                     the built-in task, on a laptop: 1.5 minutes
+    python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it: 1 minute
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
-    python reval_min.py --preset r1-distill-1.5b     the paper's run: a large GPU, days
+    python reval_min.py --preset r1-distill-1.5b    the paper's run, not tried: one large GPU
     python reval_min.py --help                       every setting
 
 Method: "Off-Policy Value-Based Reinforcement Learning for Large Language Models", Wang et al.,
@@ -92,9 +92,8 @@ def setting(toy, paper, text, choices=None, zero=False):
 class Config:
     """All settings of a run. None means: the preset's value. UserError if one is impossible."""
 
-    preset: str = setting(None, None, "default: toy, with --data the other", choices=PRESETS)
-    algo: str = setting("reval", "reval", "the loss: reval, tbrm or grpo",
-                        choices=("reval", "tbrm", "grpo"))
+    preset: str = setting(None, None, "default: toy, with --data the other", PRESETS)
+    algo: str = setting("reval", "reval", "the loss", ("reval", "tbrm", "grpo"))
     model: str = setting(None, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
                          "folder or hub id of a causal LM; toy: none, a tiny one is made")
     data: str = setting(
@@ -113,16 +112,14 @@ class Config:
     lr: float = setting(1.5e-4, 1e-6, "learning rate")
     warmup: int = setting(5, 0, "iterations over which the learning rate rises", zero=True)
     half_life: int = setting(15, 0, "iterations in which it halves; 0: never", zero=True)
-    reward: str = setting("raw", "raw", "raw (0/1), or centered: less its mean over the problem",
-                          choices=("raw", "centered"))
+    reward: str = setting("raw", "raw", "0/1, or less its group's mean", ("raw", "centered"))
     ref_reset: int = setting(0, 0, "iterations between resets of the reference; 0: none", zero=True)
     max_new_tokens: int = setting(28, 8192, "longest response")
     micro_batch_tokens: int = setting(16384, 16384, "most tokens of one forward and backward pass")
     distill_steps: int = setting(1600, 0, "warm-start steps of the tiny model", zero=True)
     eval_every: int = setting(10, 50, "iterations between evaluations and printed samples")
     eval_problems: int = setting(1024, 500, "held-out problems, each answered once")
-    device: str = setting("auto", "auto", "auto: cuda, but cpu for the toy; mps is untested",
-                          choices=("auto", "cpu", "cuda", "mps"))
+    device: str = setting("auto", "auto", "mps is untested", ("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, 0, "of every random draw", zero=True)
     out: str = setting(None, None, "a new folder for the run; none: one under runs/")
 
@@ -147,18 +144,18 @@ class Config:
 
 def parse_args(argv):
     """The command line as a Config: every field is a flag."""
-    parser = argparse.ArgumentParser(prog="reval_min", allow_abbrev=False,
-                                     description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("reval_min", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
 
     def refuse(message):
         raise UserError(f"{message}; see --help")
     parser.error = refuse
     for f in dataclasses.fields(Config):
-        toy, paper = f.metadata["values"]
+        (toy, paper), choices = f.metadata["values"], f.metadata["choices"] or ()
         values = f" (toy: {toy}, paper: {paper})" if toy != paper else f" (default: {toy})"
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), **how, help=(
-            f.metadata["help"] + values * (toy is not None)).replace("%", "%%"))
+        text = f.metadata["help"] + values * (toy is not None) + f" {'|'.join(choices)}"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -390,8 +387,8 @@ def read_problems(path):
         path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
     text = Path(path).read_text(encoding="utf-8")
     try:
-        rows = (json.loads(text) if text.lstrip().startswith("[") else
-                [json.loads(line) for line in text.split("\n") if line.strip()])
+        rows = json.loads(text) if text.lstrip()[:1] == "[" else [
+            json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"{path}: neither JSONL nor a JSON array ({error})")
     problems, dropped = {}, []  # by text: no problem may be both trained on and held out
@@ -530,9 +527,8 @@ def q_from_logits(hidden, weight, actions, block=4096):
     (float64 from float64; V is 10 to 40, where bfloat16 has steps of up to a quarter).
     Differentiable in hidden and weight. IndexError for an action outside the vocabulary.
 
-    8192 tokens x 151,936 words are 5 GB of logits, softmax and gradient as much again. So the
-    vocabulary is walked in blocks with a running logsumexp, and backward computes each block a
-    second time: O(N * block) memory.
+    8192 x 151,936 logits are 5 GB, softmax and gradient as much again. So the vocabulary is walked
+    in blocks with a running logsumexp, and again in backward: O(N * block) memory.
     """
     if hidden.shape != (len(actions), weight.shape[1]):
         raise ValueError(f"hidden {tuple(hidden.shape)} must be [N, D], for weight "
@@ -645,8 +641,7 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
             stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
             response = response[:stops[0] + 1 if stops else None].clone()          # [T]
             text = tokenizer.decode(response, skip_special_tokens=True)
-            # Some chat templates open the thought. And a response that was cut has concluded
-            # nothing, even if it holds a box.
+            # Some chat templates open the thought. What was cut has concluded nothing, box or not.
             thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
             reward = float(bool(stops) and is_correct(thought + text, p["answer"]))
             trajectories.append({**p, "prompt": prompt, "response": response, "text": text,
@@ -801,12 +796,11 @@ def gradient(model, batch, cfg):
         stats["entropy"] += (v - q).sum().item() / n_tokens
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(stats["loss"] + norm):
-        if len(batch) == 1:
-            raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for the response "
-                                     f"of step {batch[0]['step']} to {batch[0]['problem']!r:.200}")
-        for t in batch:  # alone, the culprit names itself
+        for t in batch if len(batch) > 1 else ():  # taken alone, the culprit names itself
             gradient(model, [t], cfg)
-        raise FloatingPointError(f"gradient norm {norm} for a batch without a single culprit")
+        raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for {len(batch)} responses"
+                                 f", the last of step {batch[-1]['step']} to "
+                                 f"{batch[-1]['problem']!r:.200}")
     stats["residual"] = math.sqrt(stats["residual"]) if cfg.algo != "grpo" else None
     return stats | {"grad_norm": norm}
 

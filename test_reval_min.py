@@ -952,6 +952,15 @@ def rollouts_to(rows, level):
                  if fmean(rewards[i - 2:i + 1]) >= level), None)
 
 
+def chart(title, lines, step):
+    """Prints lines, lists of numbers, as a picture that GitHub draws; it has no legend."""
+    print(f"```mermaid\nxychart-beta\n    title \"{title}\"\n    x-axis \"rollouts\" "
+          f"{[step * (i + 1) for i in range(len(lines[0]))]}\n    y-axis \"reward\" 0 --> 1")
+    for line in lines:
+        print(f"    line {[round(x, 3) for x in line]}")
+    print("```")
+
+
 def compare(args):
     """Every variant from the same warm starts, at equal rollouts."""
     out, seeds = Path(args.out), range(args.first_seed, args.first_seed + args.seeds)
@@ -964,6 +973,7 @@ def compare(args):
     results = run_cells({k: v for cells in rows.values() for k, v in cells.items()}, args.jobs)
     head = ("variant", "lr", "before", "after", "mean reward", "last 10", "rollouts to .7", "cpu s")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    lines = []
     for (name, lr), cells in rows.items():
         runs = [results[folder] for folder in cells]
         rewards = [[row["reward"] for row in rows_of(folder)[1:]] for folder in cells]
@@ -978,6 +988,8 @@ def compare(args):
         for label, (*shares, needed, cpu) in columns.items():
             print(f"| {name}{label} | {lr:g} | " + " | ".join(map(spread, shares))
                   + f" | {spread(needed, '.0f')} | {fmean(cpu):.0f} |")
+        lines.append([fmean(x) for x in zip(*rewards)][:20])
+    chart("reward, mean of the seeds: " + ", ".join(name for name, _ in rows), lines, 128)
 
 
 def main(argv):
