@@ -798,8 +798,8 @@ def gradient(model, batch, cfg):
     if not math.isfinite(stats["loss"] + norm):
         for t in batch if len(batch) > 1 else ():  # taken alone, the culprit names itself
             gradient(model, [t], cfg)
-        raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for {len(batch)} responses"
-                                 f", the last of step {batch[-1]['step']} to "
+        raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for {len(batch)} "
+                                 f"responses, the last of step {batch[-1]['step']} to "
                                  f"{batch[-1]['problem']!r:.200}")
     stats["residual"] = math.sqrt(stats["residual"]) if cfg.algo != "grpo" else None
     return stats | {"grad_norm": norm}
