@@ -385,12 +385,12 @@ def read_problems(path):
         from huggingface_hub import hf_hub_download
         owner, name, file = path.removeprefix("hf://datasets/").split("/", 2)
         path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip()[:1] == "[" else [
             json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path}: neither JSONL nor a JSON array ({error})")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSONL or a JSON array ({error})")
     problems, dropped = {}, []  # by text: no problem may be both trained on and held out
     for row in rows:
         row = {key.lower(): value for key, value in row.items()} if type(row) is dict else {}
@@ -446,11 +446,15 @@ def make_model(seed):
 
 def load_model(cfg, device):
     """-> (model, tokenizer). UserError if the model does not suit this file."""
-    if cfg.model:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-    else:
+    if not cfg.model:
         model, tokenizer = make_model(cfg.seed)
+    else:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+            model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--model {cfg.model}: no causal LM to load there ({reason})")
     model.to(device).eval()  # no dropout: what learns must be what samples
     check_head(model, cfg.model)
     # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
@@ -580,20 +584,15 @@ def micro_batches(batch, max_tokens):
 # RL strengthens what a model does now and then, so the tiny one is first shown how: the teacher
 # writes its work until the model can add, and then mostly leaves it out.
 
-def encode(tokenizer, text, add_special_tokens):
-    """The token ids of a text, [T] int64."""
-    return torch.tensor(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-
-
 def encode_prompt(tokenizer, problem, cfg):
     """The token ids of the prompt, [P]: in the chat template where there is one. As that brings
     its own BOS, none is added to it."""
     text = cfg.prompt.replace("{problem}", problem)
-    if tokenizer.chat_template is None or cfg.raw_prompt:
-        return encode(tokenizer, text, add_special_tokens=True)
-    chat = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return encode(tokenizer, text, add_special_tokens=False)
+    raw = cfg.raw_prompt or tokenizer.chat_template is None
+    if not raw:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+    return torch.tensor(tokenizer(text, add_special_tokens=raw)["input_ids"])
 
 
 def distill(model, tokenizer, cfg):
@@ -604,9 +603,10 @@ def distill(model, tokenizer, cfg):
         done, batch = step / cfg.distill_steps, []
         for _ in range(32):
             problem = make_problem(generator, held_out=False)["problem"]
-            text = demonstrate(problem, done < 0.8 or generator.random() < WRITTEN_SHARE)
-            batch.append({"prompt": encode_prompt(tokenizer, problem, cfg), "response": encode(
-                tokenizer, text + tokenizer.eos_token, add_special_tokens=False)})
+            text = demonstrate(problem, done < 0.8 or generator.random() < WRITTEN_SHARE) + "<eos>"
+            response = tokenizer(text, add_special_tokens=False)["input_ids"]
+            batch.append({"prompt": encode_prompt(tokenizer, problem, cfg),
+                          "response": torch.tensor(response)})
         q, v, mask = score(model, batch)                                           # [B, T] each
         loss = (v - q).sum() / mask.sum()
         model.zero_grad()

@@ -717,7 +717,7 @@ def test_reading_problems(tmp_path, monkeypatch, capsys):
                         lambda *args, **kwargs: asked.append((args, kwargs)) or str(file))
     assert rm.read_problems("hf://datasets/org/name/sub/f.json") == expected
     assert asked == [(("org/name", "sub/f.json"), {"repo_type": "dataset"})]
-    for text, message in (("{broken", "neither JSONL"), ("{}", "no row")):
+    for text, message in (("{broken", "cannot be read"), ("{}", "no row")):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(rm.UserError, match=message):
             rm.read_problems(str(file))
@@ -756,7 +756,9 @@ def test_settings(capsys):
                        (["--rollouts", "1", "--algo", "grpo"], "--rollouts"),
                        (["--rollouts", "1", "--reward", "centered"], "--rollouts"),
                        (["--prompt", "x"], "{problem}"), (["--out", str(HERE)], "--out"),
-                       (["--preset", "toy", "--data", "f"], "--model")):
+                       (["--preset", "toy", "--data", "f"], "--model"),
+                       (["--data", "no/such/file"], "no/such/file"),
+                       (["--model", str(HERE / ".ci")], "--model")):
         assert rm.main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith("reval_min: error: ") and word in error and error.count("\n") == 1
