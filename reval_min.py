@@ -200,7 +200,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (  # in this order
     (r"[\s~]+|\\ ", " "), (r"(?:\\left ?)?[\[(]? ?\\begin\{(?:array\}\{[^{}]*|\w*matrix)\}", "⟦"),
     (r"\\end\{(?:array|\w*matrix)\} ?(?:\\right ?)?[\])]?", "⟧"),  # all matrices alike
     (r"\\[,!;:>()\[\]]|\\q?quad(?![a-z])|\\(?:left|right|[bB]igg?[lr]?|displaystyle)\b", " "),
-    (r"\\\$|[$€£¥`]|\*\*(?=\W|$)|^\*\*", ""),  # currency and bold type
+    (r"\\\$|[$€£¥`]|\*\*(?=[\s.,;:!]|$)|^\*\*", ""),  # currency and bold type
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
     (r"\\[dt]frac", r"\\frac"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\*", "^"),
     (r"\\lt(?![a-z])", "<"), (r"\\leq?(?:slant)?(?![a-z])", "<="),
@@ -229,6 +229,13 @@ def normalize(text):
         "(["[m[2] == "="] + f"{m[1]},{m[4]}" + ")]"[m[3] == "="]), text)
 
 
+FORMULA = [(re.compile(pattern), new) for pattern, new in (  # LaTeX as an expression, in this order
+    (r"(?<![A-Za-z])\\?pi(?![A-Za-z])", "π"), (r"\\sqrt", "√"), (r"\\frac", ""), (r"\}\{", ")/("),
+    (r"(\d+) (\d+/\d+)", r"(\1+\2)"), (r"\{", "("), (r"\}", ")"),  # 1 1/2 is 1 + 1/2
+    (r"(?:\d+\.\d*|\.?\d+)(?:[eE][+-]?\d{1,3}(?!\d))?",  # exact, and 007 is 7
+     lambda m: str(int(m[0])) if m[0].isdigit() else f"({Fraction(m[0])})"),
+    (r"(?<=[\dA-Za-zπ)]) ?(?=[A-Za-zπ√(])|(?<=[A-Za-zπ)]) ?(?=\d)", "*"),  # 2x is 2 * x
+    ("√", "sqrt"), (r"\^", "**"))]
 OPERATIONS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Call: lambda name, x: math.sqrt(x),
@@ -249,24 +256,15 @@ def value_of(node):
 
 def number(text):
     """The value of a normalized number or formula, Fraction or float; None for anything else."""
-    if len(text) > 400:
-        return None
+    if len(text) > 400 or re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}|[A-Z]{2}|\d_", text):
+        return None  # a word; or 210_7, which is not 2107
     if re.fullmatch(r"[+-]?\d{1,3}((,\d{3})+(\.\d*)?|( \d{3})+)", text):
         text = re.sub("[, ]", "", text)  # 1,234 is one number
-    text = re.sub(r"\\?\bpi(?![a-z])|(?<=\d)pi(?![a-z])", "π", text).replace("\\sqrt", "√")
-    text = re.sub(r"(\d+) (\d+/\d+)", r"(\1+\2)", text.replace("\\frac", "").replace("}{", ")/("))
-    if re.search(r"[A-Za-z]{3}|[A-Z]{2}|\d_", text):
-        return None  # a word; or 210_7, which is not 2107
-    text = re.sub(r"(?:\d+\.\d*|\.?\d+)(?:[eE][+-]?\d{1,3}(?!\d))?", lambda m: str(
-        int(m[0]) if m[0].isdigit() else f"({Fraction(m[0])})"), text)
-    text = re.sub(  # 2x is 2*x
-        r"(?<=[\dA-Za-zπ)}]) ?(?=[A-Za-zπ√({])|(?<=[A-Za-zπ)}]) ?(?=\d)", "*", text)
-    if not re.fullmatch(r"[0-9A-Za-z_π√+*/(){}^-]+", text):
-        return None
-    for old, new in (("{", "("), ("}", ")"), ("√", "sqrt"), ("^", "**")):
-        text = text.replace(old, new)
+    for pattern, new in FORMULA:
+        text = pattern.sub(new, text)
     try:
-        value = value_of(ast.parse(text, mode="eval").body)
+        tree = ast.parse(text if re.fullmatch(r"[0-9A-Za-z_π+*/()-]+", text) else "", mode="eval")
+        value = value_of(tree.body)
         return value if math.isfinite(value) else None
     except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError,
             MemoryError):
@@ -451,7 +449,8 @@ def load_model(cfg, device):
     else:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-            model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                cfg.model, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"--model {cfg.model}: no causal LM to load there ({reason})")
