@@ -92,7 +92,7 @@ def setting(toy, paper, text, choices=None, zero=False):
 class Config:
     """All settings of a run. None means: the preset's value. UserError if one is impossible."""
 
-    preset: str = setting(None, None, "default: toy, with --data the other", PRESETS)
+    preset: str = setting(None, None, "default: toy, with a data file the other", PRESETS)
     algo: str = setting("reval", "reval", "the loss", ("reval", "tbrm", "grpo"))
     model: str = setting(None, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
                          "folder or hub id of a causal LM; toy: none, a tiny one is made")
@@ -124,7 +124,7 @@ class Config:
     out: str = setting(None, None, "a new folder for the run; none: one under runs/")
 
     def __post_init__(self):
-        self.preset = self.preset or PRESETS[self.data is not None]
+        self.preset = self.preset or PRESETS[bool(self.data or self.eval_data)]
         for f in dataclasses.fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, f.metadata["values"][self.preset == PRESETS[1]])
@@ -136,7 +136,7 @@ class Config:
                 raise UserError(f"{flag}: give a number {'of at least' if zero else 'above'} 0")
         if self.rollouts == 1 and (self.reward == "centered" or self.algo == "grpo"):
             raise UserError("--rollouts 1: a group of one has no mean to compare with; take more")
-        if self.data and not self.model:
+        if (self.data or self.eval_data) and not self.model:
             raise UserError("--data needs --model: the tiny model reads nothing but sums")
         if "{problem}" not in self.prompt:
             raise UserError("--prompt: write {problem} where the problem goes")
@@ -410,17 +410,18 @@ def read_problems(path):
 def load_problems(cfg):
     """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}."""
     generator = rng(cfg.seed, 0, "problems")
+    held_out = read_problems(cfg.eval_data)[:cfg.eval_problems] if cfg.eval_data else []
+    if held_out and cfg.steps == 0:
+        return [], held_out
     if not cfg.data:
-        return ([make_problem(generator, held_out=False) for _ in range(10_000)],
+        return ([make_problem(generator, held_out=False) for _ in range(10_000)], held_out or
                 [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)])
     problems = read_problems(cfg.data)
     generator.shuffle(problems)
-    if cfg.eval_data:
-        return problems, read_problems(cfg.eval_data)[:cfg.eval_problems]
-    n = min(cfg.eval_problems, max(1, len(problems) // 10))
+    n = 0 if held_out else min(cfg.eval_problems, max(1, len(problems) // 10))
     if n == len(problems):
         raise UserError(f"{cfg.data}: nothing can be held out of one problem; give --eval-data")
-    return problems[n:], problems[:n]
+    return problems[n:], held_out or problems[:n]
 
 
 # ---- 4. The model: a causal LM of transformers, a tiny one made here or a real one loaded --------
@@ -440,6 +441,21 @@ def make_model(seed):
         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
         max_position_embeddings=64, initializer_range=0.1,  # 0.02, the default, suits wide models
         pad_token_id=0, bos_token_id=1, eos_token_id=2)), tokenizer
+
+
+@torch.no_grad()
+def check_head(model, name):
+    """UserError unless logits = hidden @ lm_head.T, on which q_from_logits relies. The head's
+    output is blown up on the way, for a soft cap bends only large logits."""
+    head, tokens = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
+    hook = head.register_forward_hook(lambda module, inputs, output: output * 1000)
+    logits = model(input_ids=tokens).logits.float()                                # [1, 8, A]
+    hook.remove()
+    hidden = model.base_model(input_ids=tokens).last_hidden_state                  # [1, 8, D]
+    expected = F.linear(hidden, head.weight).float() * 1000                        # [1, 8, A]
+    if (logits - expected).abs().max() > 0.01 * expected.abs().max():
+        raise UserError(f"--model {name}: its logits are not hidden @ lm_head.T (a bias, a scale "
+                        "or a soft cap comes between), so Q cannot be computed here; take another")
 
 
 def load_model(cfg, device):
@@ -468,21 +484,6 @@ def load_model(cfg, device):
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=cfg.max_new_tokens,
         eos_token_id=sorted(ends), pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id)
     return model, tokenizer
-
-
-@torch.no_grad()
-def check_head(model, name):
-    """UserError unless logits = hidden @ lm_head.T, on which q_from_logits relies. The head's
-    output is blown up on the way, for a soft cap bends only large logits."""
-    head, tokens = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
-    hook = head.register_forward_hook(lambda module, inputs, output: output * 1000)
-    logits = model(input_ids=tokens).logits.float()                                # [1, 8, A]
-    hook.remove()
-    hidden = model.base_model(input_ids=tokens).last_hidden_state                  # [1, 8, D]
-    expected = F.linear(hidden, head.weight).float() * 1000                        # [1, 8, A]
-    if (logits - expected).abs().max() > 0.01 * expected.abs().max():
-        raise UserError(f"--model {name}: its logits are not hidden @ lm_head.T (a bias, a scale "
-                        "or a soft cap comes between), so Q cannot be computed here; take another")
 
 
 # ---- 5. Q and V ----------------------------------------------------------------------------------
@@ -887,6 +888,8 @@ def train(cfg):
     begin = time.time()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no such GPU; leave the flag out, or take cpu")
     cuda = torch.cuda.is_available() and cfg.preset != "toy"
     device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
     if not cfg.data:

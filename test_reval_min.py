@@ -677,10 +677,10 @@ def test_checker_takes_linear_time():
             times.append(time.process_time() - begin)
         return min(times)
     for text in ("\\boxed{", "{", "answer is ", "#### ", "<think>x</think>", "1", " ", "\\left"):
-        n = 2000
-        while best(n) < 0.02:
-            n *= 2
-        assert best(4 * n) < 8 * best(n), text
+        n, seconds = 1000, 0
+        while seconds < 0.02:
+            n, seconds = 2 * n, best(2 * n)
+        assert best(4 * n) < 8 * seconds, text
 
 
 def test_built_in_task():
@@ -734,6 +734,8 @@ def test_held_out_part(tmp_path):
     assert len(held_out) == 5 and len(train) == 45 and not train & held_out
     cfg = rm.Config(data=str(file), eval_data=str(file), model="m", eval_problems=7)
     assert [len(part) for part in rm.load_problems(cfg)] == [50, 7]
+    only = rm.Config(eval_data=str(file), model="m", steps=0)  # of the paper's preset, data unread
+    assert [len(part) for part in rm.load_problems(only)] == [0, 50] and only.data
 
 
 def test_settings(capsys):
@@ -758,6 +760,7 @@ def test_settings(capsys):
                        (["--prompt", "x"], "{problem}"), (["--out", str(HERE)], "--out"),
                        (["--preset", "toy", "--data", "f"], "--model"),
                        (["--data", "no/such/file"], "no/such/file"),
+                       (["--preset", "toy", "--eval-data", "f"], "--model"),
                        (["--model", str(HERE / ".ci")], "--model")):
         assert rm.main(argv) == 2
         error = capsys.readouterr().err
