@@ -183,7 +183,7 @@ def extract_answer(response):
         parts = re.split(mark, text)
         if len(parts) > 1:
             line = parts[-1].lstrip(" \t\n:*").partition("\n")[0]
-            return re.split(r"[.!]\s", line + " ")[0].strip() or None
+            return re.split(r"[.!]\s|,?\s(?:because|since|which)\b", line + " ")[0].strip() or None
     return None
 
 UNICODE = str.maketrans({
@@ -204,7 +204,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (  # in this order
     (r"\\\{", "⦃"), (r"\\\}", "⦄"),  # the braces of a set; plain ones only group
     (r"\\sqrt ?(\w)", r"\\sqrt{\1}"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
     (r"(\d) ?\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),  # 1\frac12 is a mixed number
-    (r"\\frac\{(-?[\w.]+)\}\{([\w.]+)\}", r"\1/\2"), (r"([\^_])\{(-?\w+)\}", r"\1\2"),
+    (r"(?<![\^/])\\frac\{(-?[\w.]+)\}\{([\d.]+|\w)\}(?!\d)", r"\1/\2"),
+    (r"_\{(\w+)\}", r"_\1"), (r"\^\{(-?\d+|\w)\}(?!\d)", r"^\1"),  # but x^{2y} is not x^2y
     (r"(\d), +(?=\d{3}\b)", r"\1;"), (" +", " "), (r"(?<!\w) | (?!\w)", ""))]  # 1, 234 is a list
 
 def normalize(text):
@@ -222,7 +223,8 @@ def normalize(text):
         "(["[m[2] == "="] + f"{m[1]},{m[4]}" + ")]"[m[3] == "="]), text)
 
 FORMULA = [(re.compile(pattern), new) for pattern, new in (  # LaTeX as an expression, in this order
-    (r"(?<![A-Za-z])\\?pi(?![A-Za-z])", "π"), (r"\\sqrt", "√"), (r"\\frac", ""), (r"\}\{", ")/("),
+    (r"(?<![A-Za-z])\\?pi(?![A-Za-z])", "π"), (r"\\sqrt", "√"),
+    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\frac", ""), (r"\}\{", ")/("),
     (r"(\d+) (\d+/\d+)", r"(\1+\2)"), (r"\{", "("), (r"\}", ")"),  # 1 1/2 is 1 + 1/2
     (r"(?:\d+\.\d*|\.?\d+)(?:[eE][+-]?\d{1,3}(?!\d))?",  # exact, and 007 is 7
      lambda m: str(int(m[0])) if m[0].isdigit() else f"({Fraction(m[0])})"),
@@ -261,8 +263,8 @@ def number(text):
         return None
 
 UNIT = re.compile(r"(?<=[\d)}]) ?(%|[kcm]?m\^[23]|[kcm]m|k?g|"
-                  r"(?<= )(?:[A-Za-z][A-Za-z./ ]+|[mgsLhN])(?:\^?\d)?)$")
-NO_UNIT = {*"or and not mod hundred thousand million billion trillion dozen".split()}
+                  r"(?<= )(?:[A-Za-z][A-Za-z./ ]*[A-Za-z.]|[mgsLhN])(?:\^?\d)?)$")
+NO_UNIT = {*"or and not is if but to mod squared hundred thousand million billion dozen".split()}
 
 def equal_numbers(a, b):
     """Do two normalized texts name one number? None if they are not both numbers."""
