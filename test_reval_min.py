@@ -628,7 +628,8 @@ POLICY = [
     ("=__import__('os')", "0", False), ("=AB", "BA", False),
     # Units, percent, currency, "x =": free to be left out, not to differ.
     (r"=10\text{ cm}", "10", True), ("=5 kg", "5 g", False), ("=5 minutes", "5 hours", False),
-    ("=3 million", "3", False), ("=3 out of 4", "3", False), ("=5abc", "5", False), (r"=\$12.00", "12", True),
+    ("=3 million", "3", False), ("=3 out of 4", "3", False), ("=5abc", "5", False),
+    (r"=\$12.00", "12", True),
     (r"=45^\circ", "45 degrees", True), (r"=12\%", "0.12", True), ("=12", r"12\%", True),
     ("=12", "0.12", False), ("=x=5", "5", True), ("=x=5", "y=5", False), ("=6=7", "6", False),
     # Tuples and intervals keep order and brackets, sets have no order, matrices keep their shape.
