@@ -46,17 +46,18 @@ def timeless(rows):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def values(B=4, T=5, seed=0, dtype=torch.float64):
+def values():
     """Random q, v, q_ref, v_ref, reward, mask of the losses' shapes, rows of different lengths."""
-    torch.manual_seed(seed)
+    B, T, dtype = 4, 5, torch.float64
+    torch.manual_seed(0)
     mask = torch.arange(T) < torch.arange(1, B + 1).clamp(max=T)[:, None]
     q, v, q_ref, v_ref = (torch.randn(B, T, dtype=dtype) for _ in range(4))
     return q, v + 3, q_ref, v_ref + 3, (torch.arange(B) % 2).to(dtype), mask
 
 
-def trajectories(n=12, seed=0, dtype=torch.float32):
+def trajectories(n=12, dtype=torch.float32):
     """Random trajectories of the tiny model's vocabulary, with cached values and a signal."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     made = []
     for i in range(n):
         T = 1 + i % 7
@@ -984,11 +985,12 @@ def compare(args):
     lines = []
     for (name, lr), cells in rows.items():
         runs = [results[folder] for folder in cells]
-        rewards = [[row["reward"] for row in rows_of(folder)[1:]] for folder in cells]
+        metrics = [rows_of(folder) for folder in cells]
+        rewards = [[row["reward"] for row in run[1:]] for run in metrics]
         columns = {"": [
             [r["accuracy_before"] for r in runs], [r["accuracy_after"] for r in runs],
             [fmean(x) for x in rewards], [fmean(x[-10:]) for x in rewards],
-            [rollouts_to(rows_of(folder), 0.7) for folder in cells],
+            [rollouts_to(run, 0.7) for run in metrics],
             [r["cpu_seconds"] for r in runs]]}
         if args.each:
             columns = {f", seed {s}": [[column[i]] for column in columns[""]]
