@@ -378,7 +378,7 @@ def read_problems(path):
         problem = row.get("problem") or row.get("question")
         answer = str(row.get("answer")).rpartition("####")[2].strip()  # GSM8K: after a solution
         usable = row.get("answer") is not None and is_correct(f"\\boxed{{{answer}}}", answer)
-        if problem and usable and problem not in problems:
+        if problem and isinstance(problem, str) and usable and problem not in problems:
             problems[problem] = {"problem": problem, "answer": answer}
         else:
             dropped.append(row)

@@ -707,12 +707,13 @@ def test_built_in_task():
 def test_reading_problems(tmp_path, monkeypatch, capsys):
     """JSONL and JSON, names in any case, GSM8K solutions, unusable rows dropped aloud, the hub."""
     rows = [{"Problem": "a", "ANSWER": 5, "level": 1}, {"question": "b", "answer": "so #### 1,200"},
-            {"problem": "c", "answer": None}, {"problem": "d"}, {"problem": "a", "answer": "5"}, 7]
+            {"problem": "c", "answer": None}, {"problem": "d"}, {"problem": "a", "answer": "5"}, 7,
+            {"problem": ["e"], "answer": "5"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     expected = [{"problem": "a", "answer": "5"}, {"problem": "b", "answer": "1,200"}]
     assert rm.read_problems(str(file)) == expected
-    assert "dropped 4 of 6 rows" in capsys.readouterr().out
+    assert "dropped 5 of 7 rows" in capsys.readouterr().out
     file.write_text(json.dumps(rows), encoding="utf-8")
     assert rm.read_problems(str(file)) == expected
     import huggingface_hub
