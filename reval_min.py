@@ -38,6 +38,7 @@ import argparse
 import ast
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -78,6 +79,7 @@ def progress(items, what):
 # presets': the laptop's toy run, and the paper's run of a 1.5B model.
 
 PRESETS = ("toy", "r1-distill-1.5b")
+PLACES = ("auto", "cpu", "cuda")
 
 def setting(toy, paper, text, choices=None, zero=False):
     """A field of Config: its values in the two presets, its help, choices, and may it be zero?"""
@@ -112,10 +114,21 @@ class Config:
     ref_reset: int = setting(0, 0, "iterations between resets of the reference; 0: none", zero=True)
     max_new_tokens: int = setting(28, 8192, "longest response")
     micro_batch_tokens: int = setting(16384, 16384, "most tokens of one forward and backward pass")
+    gradient_checkpointing: bool = setting(False, True, "save memory: activations made twice")
     distill_steps: int = setting(1600, 0, "warm-start steps of the tiny model", zero=True)
     eval_every: int = setting(10, 50, "iterations between evaluations and printed samples")
-    eval_problems: int = setting(1024, 500, "held-out problems, each answered once")
+    eval_problems: int = setting(1024, 500, "held-out problems")
+    eval_samples: int = setting(1, 1, "responses to each: n in avg@n")
+    eval_temperature: float = setting(1.0, 0.6, "of these; 0: greedy", zero=True)
+    eval_top_p: float = setting(1.0, 0.95, "of these: sample from the likeliest, to this mass")
     device: str = setting("auto", "auto", "mps is untested", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = setting("float32", "auto", "of the weights that sample and learn; auto: bfloat16 "
+                         "on a GPU that has it", ("auto", "float32", "bfloat16"))
+    master_device: str = setting("auto", "auto", "where optimizer, gradient and master weights "
+                                 "are, 16 bytes a parameter; auto: --device", PLACES)
+    ref_device: str = setting("auto", "auto", "where the reference waits between its turns", PLACES)
+    sampler: str = setting("auto", "auto", "auto: continuous on cuda, else generate",
+                           ("auto", "generate", "continuous"))
     seed: int = setting(0, 0, "of every random draw", zero=True)
     out: str = setting(None, None, "a new folder for the run; none: one under runs/")
 
@@ -434,7 +447,8 @@ def check_head(model, name):
     hook.remove()
     hidden = model.base_model(input_ids=tokens).last_hidden_state                  # [1, 8, D]
     expected = F.linear(hidden, head.weight).float() * 1000                        # [1, 8, A]
-    if (logits - expected).abs().max() > 1e-3 * expected.abs().max():
+    rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
+    if (logits - expected).abs().max() > rounding * expected.abs().max():
         raise UserError(f"--model {name}: its logits are not hidden @ lm_head.T (a bias, a scale "
                         "or a soft cap comes between), so Q cannot be computed here; take another")
 
@@ -445,12 +459,20 @@ def load_model(cfg, device):
     else:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+            config = transformers.AutoConfig.from_pretrained(cfg.model)
+            for name, value in config.to_dict().items():  # no dropout: what learns must be what
+                if "drop" in name and isinstance(value, float):  # samples
+                    setattr(config, name, 0.0)
+            bfloat16 = cfg.dtype == "bfloat16" or (
+                cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                cfg.model, dtype=torch.float32)
+                cfg.model, config=config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"--model {cfg.model}: no causal LM to load there ({reason})")
-    model.to(device).eval()  # no dropout: what learns must be what samples
+    model.to(device).eval()
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     check_head(model, cfg.model)
     # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
     # a top-k and more in their generation_config, and generate() fills from it whatever a caller
@@ -470,6 +492,13 @@ def load_model(cfg, device):
 # Shapes from here on: B responses, T tokens in the longest, N tokens in all of them, L tokens in
 # the longest prompt + response, D hidden size, A vocabulary (the actions).
 
+def matmul(a, b):
+    """a @ b in float32 (float64 from float64). A GPU takes bfloat16 operands as they are."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
 class _QFromLogits(torch.autograd.Function):
     """q_from_logits with a backward of its own. Only one block of logits exists at a time."""
 
@@ -479,7 +508,7 @@ class _QFromLogits(torch.autograd.Function):
         q = (wide * F.embedding(actions, weight)).sum(1)                           # [N]
         v = torch.full_like(q, -torch.inf)                                         # [N]
         for start in range(0, len(weight), block):
-            logits = wide @ weight[start:start + block].to(wide.dtype).T           # [N, block]
+            logits = matmul(hidden, weight[start:start + block].T)                 # [N, block]
             v = torch.logaddexp(v, logits.logsumexp(1))                            # [N]
         ctx.save_for_backward(hidden, weight, actions, v)
         ctx.block = block
@@ -490,16 +519,18 @@ class _QFromLogits(torch.autograd.Function):
     def backward(ctx, grad_q, grad_v):
         # dV / dlogit_a = pi(a); dQ / dlogit_a = 1 at the action taken, else 0.
         hidden, weight, actions, v = ctx.saved_tensors
-        wide = hidden.to(v.dtype)                                                  # [N, D]
-        grad_hidden, grad_weight = torch.zeros_like(wide), torch.empty_like(weight)
+        grad_hidden = torch.zeros_like(hidden, dtype=v.dtype)                      # [N, D]
+        grad_weight = torch.empty_like(weight)                                     # [A, D]
         for start in range(0, len(weight), ctx.block):
-            part = weight[start:start + ctx.block].to(v.dtype)                     # [block, D]
-            grad = (wide @ part.T).sub_(v[:, None]).exp_().mul_(grad_v[:, None])   # [N, block]
+            part = weight[start:start + ctx.block]                                 # [block, D]
+            grad = matmul(hidden, part.T).sub_(v[:, None]).exp_().mul_(grad_v[:, None])
             column = (actions - start).clamp(0, len(part) - 1)                     # [N]
             here = column == actions - start              # [N] is the action in this block?
             grad.scatter_add_(1, column[:, None], (grad_q * here)[:, None])        # [N, block]
-            grad_hidden += grad @ part                                             # [N, D]
-            grad_weight[start:start + ctx.block] = grad.T @ wide                   # [block, D]
+            if hidden.is_cuda:
+                grad = grad.to(hidden.dtype)  # for the products; their sums are float32
+            grad_hidden += matmul(grad, part)                                      # [N, D]
+            grad_weight[start:start + ctx.block] = matmul(grad.T, hidden)          # [block, D]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 def q_from_logits(hidden, weight, actions, block=4096):
@@ -594,32 +625,57 @@ def distill(model, tokenizer, cfg):
 
 # ---- 7. Rollouts: the behaviour policy is softmax(logits) at temperature 1 -----------------------
 
-ROLLOUT_BATCH = 256  # responses sampled side by side
-
 @torch.no_grad()
-def rollout(model, tokenizer, problems, cfg, step, purpose):
+def sample(model, prompts, cfg, seed, temperature=1.0, top_p=1.0):
+    """One response to each prompt, a list of 1-D int64 tensors that may go on after the EOS.
+
+    generate() samples 256 side by side until the slowest ends. Continuous batching puts the next
+    prompt in as soon as one response has ended, and pages the cache, on a GPU in CUDA graphs. Its
+    manager lives for one call, so that no cache outlives the weights that made it.
+    """
+    how = copy.copy(model.generation_config)
+    how.do_sample, how.temperature, how.top_p = temperature > 0, temperature or 1.0, top_p
+    cuda = model.device.type == "cuda"
+    if cfg.sampler == "continuous" or cfg.sampler == "auto" and cuda:
+        limits = {} if cuda else {"num_blocks": 64, "max_batch_tokens": 512}  # else found by trial
+        outputs = model.generate_batch(
+            [prompt.tolist() for prompt in prompts], generation_config=how, warmup=cuda,
+            continuous_batching_config=transformers.ContinuousBatchingConfig(seed=seed, **limits))
+        errors = [out.error for out in outputs.values() if out.error]
+        if errors or len(outputs) < len(prompts):
+            raise UserError(f"continuous batching failed ({errors[:1] or 'see above'}); try "
+                            "--sampler generate")
+        return [torch.tensor(out.generated_tokens) for out in outputs.values()]
+    torch.manual_seed(seed)
+    responses = []
+    for start in progress(range(0, len(prompts), 256), "sampling"):
+        chunk = prompts[start:start + 256]
+        # generate() wants the prompts to end side by side: padding goes to the left.
+        tokens = pad(chunk, model.device, "left")                                  # [B, P]
+        mask = pad([torch.ones_like(prompt) for prompt in chunk], model.device, "left")  # [B, P]
+        sampled = model.generate(tokens, attention_mask=mask, generation_config=how)
+        responses += sampled[:, tokens.shape[1]:].cpu()
+    return responses
+
+def rollout(model, tokenizer, problems, cfg, step, purpose, temperature=1.0, top_p=1.0):
     """Samples one response to each problem. -> trajectories: dicts with problem, answer, prompt
     [P], response [T] (int64, EOS included), text, ended (by itself?), reward (0 or 1), step."""
-    torch.manual_seed(int(rng(cfg.seed, step, purpose).integers(2**62)))
+    known = {p["problem"]: encode_prompt(tokenizer, p["problem"], cfg) for p in problems}
+    # Some chat templates open the thought: what was cut in it has concluded nothing, box or not.
+    thoughts = {key: "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
+                for key, prompt in known.items()}
+    prompts = [known[p["problem"]] for p in problems]
+    seed = int(rng(cfg.seed, step, purpose).integers(2**62))
     ends = torch.tensor(model.generation_config.eos_token_id)
     trajectories = []
-    for start in progress(range(0, len(problems), ROLLOUT_BATCH), "sampling"):
-        chunk = problems[start:start + ROLLOUT_BATCH]
-        prompts = [encode_prompt(tokenizer, p["problem"], cfg) for p in chunk]
-        # generate() wants the prompts to end side by side: padding goes to the left.
-        tokens = pad(prompts, model.device, "left")                                # [B, P]
-        mask = pad([torch.ones_like(p) for p in prompts], model.device, "left")    # [B, P]
-        sampled = model.generate(tokens, attention_mask=mask,
-                                 generation_config=model.generation_config)
-        for p, prompt, response in zip(chunk, prompts, sampled[:, tokens.shape[1]:].cpu()):
-            stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
-            response = response[:stops[0] + 1 if stops else None].clone()          # [T]
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            # Some chat templates open the thought. What was cut has concluded nothing, box or not.
-            thought = "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
-            reward = float(bool(stops) and is_correct(thought + text, p["answer"]))
-            trajectories.append({**p, "prompt": prompt, "response": response, "text": text,
-                                 "ended": bool(stops), "reward": reward, "step": step})
+    for p, prompt, response in zip(problems, prompts, sample(model, prompts, cfg, seed, temperature,
+                                                             top_p)):
+        stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
+        response = response[:stops[0] + 1 if stops else None].clone()              # [T]
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        reward = float(bool(stops) and is_correct(thoughts[p["problem"]] + text, p["answer"]))
+        trajectories.append({**p, "prompt": prompt, "response": response, "text": text,
+                             "ended": bool(stops), "reward": reward, "step": step})
     return trajectories
 
 @torch.no_grad()
@@ -722,7 +778,7 @@ def grpo_loss(logp, logp_old, advantage, mask, n_tokens, clip_low=0.2, clip_high
     ratio = (logp - logp_old).masked_fill(~mask, 0).exp()                          # [B, T]
     near = ratio.clamp(1 - clip_low, 1 + clip_high)                                # [B, T]
     gain = torch.minimum(ratio * advantage[:, None], near * advantage[:, None])    # [B, T]
-    clipped = (ratio != near).sum().item() / n_tokens
+    clipped = (ratio != near).sum() / n_tokens
     return -gain.masked_fill(~mask, 0).sum() / n_tokens, {"clipped": clipped}
 
 
@@ -739,15 +795,37 @@ def add_signals(trajectories, cfg):
     for t, value in zip(trajectories, signal.flatten()):
         t["signal"] = value
 
-def gradient(model, batch, cfg):
-    """Puts the gradient of the loss of a batch, clipped, into model. -> figures of the batch.
+def master_weights(model, device):
+    """The float32 weights that the optimizer changes, on device, with a float32 sum of gradients.
+
+    A weight of bfloat16 has steps of 1/256 of its size: a learning rate of 1e-6 would never move
+    it. So the sum of many small steps is kept apart, as is the sum of the micro-batches' gradients:
+    backward adds each as soon as it is made, and frees it. A float32 model is its own master.
+    """
+    def add(master, weight):
+        new = weight.grad.to(master.device)
+        master.grad = new.float() if master.grad is None else master.grad.add_(new)
+        weight.grad = None
+    masters = []
+    for weight in model.parameters():
+        masters.append(weight)
+        if (weight.dtype, weight.device.type) != (torch.float32, device.type):
+            masters[-1] = weight.detach().to(device, torch.float32, copy=True).requires_grad_()
+            weight.register_post_accumulate_grad_hook(functools.partial(add, masters[-1]))
+    return masters
+
+def gradient(model, masters, batch, cfg):
+    """Puts the gradient of the loss of a batch, clipped, into the master weights' .grad. -> figures
+    of the batch.
 
     Micro-batches save memory and change nothing: each sum is divided by a count of the whole
     batch. If something is not finite: FloatingPointError, which names the response.
     """
-    model.zero_grad()
+    for weight in masters:
+        weight.grad = None
     n_tokens = sum(len(t["response"]) for t in batch)
     stats = dict.fromkeys(("loss", "residual", "v_gap", "kl", "entropy"), 0.0)
+    model.train()  # for gradient checkpointing
     for group in progress(micro_batches(batch, cfg.micro_batch_tokens), "learning"):
         q, v, mask = score(model, group)                                           # [B, T] each
         q_ref, v_ref = (pad([t[k] for t in group], q.device) for k in ("q_ref", "v_ref"))  # [B, T]
@@ -764,15 +842,38 @@ def gradient(model, batch, cfg):
         stats["v_gap"] += (v - v_ref)[:, 0].sum().item() / len(batch)
         stats["kl"] += ((q - v) - (q_ref - v_ref)).sum().item() / len(batch)
         stats["entropy"] += (v - q).sum().item() / n_tokens
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    model.eval()
+    norm = torch.nn.utils.clip_grad_norm_(masters, 1.0).item()
     if not math.isfinite(stats["loss"] + norm):
         for t in batch if len(batch) > 1 else ():  # taken alone, the culprit names itself
-            gradient(model, [t], cfg)
+            gradient(model, masters, [t], cfg)
         raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for {len(batch)} "
                                  f"responses, the last of step {batch[-1]['step']} to "
                                  f"{batch[-1]['problem']!r:.200}")
     stats["residual"] = math.sqrt(stats["residual"]) if cfg.algo != "grpo" else None
     return stats | {"grad_norm": norm}
+
+@torch.no_grad()
+def update(model, masters, optimizer):
+    """One step of the optimizer; the weights that sample follow their masters, in place."""
+    optimizer.step()
+    for weight, master in zip(model.parameters(), masters):
+        if weight is not master:
+            weight.copy_(master.to(weight.dtype))
+
+def rehearse(model, masters, optimizer, prompt, cfg):
+    """The longest micro-batch there can be, and an update by nothing. If memory does not suffice,
+    it fails now and not in an hour; the weights, the optimizer and all draws stay as they were."""
+    zeros = torch.zeros(cfg.max_new_tokens)                                        # [T]
+    t = {"prompt": prompt, "response": zeros.long(), "problem": "a rehearsal", "step": 0,
+         "signal": zeros[0], "q_ref": zeros, "v_ref": zeros, "q_old": zeros, "v_old": zeros}
+    length = len(prompt) + cfg.max_new_tokens
+    gradient(model, masters, [t] * max(1, cfg.micro_batch_tokens // length), cfg)
+    for master in masters:
+        master.grad = None if master.grad is None else master.grad.zero_()
+    update(model, masters, optimizer)  # the learning rate is still 0
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 # ---- 11. The record of a run ---------------------------------------------------------------------
@@ -842,20 +943,41 @@ def peak_memory_mb(device):
 
 # ---- 12. Training --------------------------------------------------------------------------------
 
-def evaluate(model, tokenizer, problems, cfg, step):
-    """-> (share of problems whose sampled response is right, its standard error)."""
-    rewards = [t["reward"] for t in rollout(model, tokenizer, problems, cfg, step, "evaluation")]
-    return fmean(rewards), float(np.std(rewards) / math.sqrt(len(rewards)))
+def evaluate(model, tokenizer, problems, cfg, step, out):
+    """Answers each problem n = cfg.eval_samples times, and appends a row for each to eval.jsonl.
+    -> {"accuracy": avg@n, "stderr": its standard error over problems, "pass@k" for k = 2, 4, ... n:
+    the chance that one of k is right, "length" in tokens, "truncated"}."""
+    n = cfg.eval_samples
+    answers = rollout(model, tokenizer, [p for p in problems for _ in range(n)], cfg, step,
+                      "evaluation", cfg.eval_temperature, cfg.eval_top_p)
+    groups = [answers[i:i + n] for i in range(0, len(answers), n)]
+    with open(out / "eval.jsonl", "a", encoding="utf-8") as file:
+        for p, group in zip(problems, groups):
+            file.write(json.dumps({"step": step, **p, "right": sum(t["reward"] for t in group),
+                                   "samples": [{"answer": extract_answer(t["text"]),
+                                                "right": t["reward"], "ended": t["ended"],
+                                                "length": len(t["response"])} for t in group]})
+                       + "\n")
+    right = [int(sum(t["reward"] for t in group)) for group in groups]
+    passes = {f"pass@{k}": fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right)
+              for k in (2**i for i in range(1, n.bit_length()))}
+    return {"accuracy": fmean(right) / n, "stderr": float(np.std(right)) / n / len(right)**0.5,
+            **passes, "length": fmean(len(t["response"]) for t in answers),
+            "truncated": fmean(not t["ended"] for t in answers)}
 
 def train(cfg):
     """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
     begin = time.time()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no such GPU; leave the flag out, or take cpu")
+    for name in ("device", "master_device", "ref_device"):
+        if getattr(cfg, name) == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--{name.replace('_', '-')} cuda: PyTorch sees no such GPU; leave the "
+                            "flag out, or take cpu")
     cuda = torch.cuda.is_available() and cfg.preset != "toy"
     device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
+    master_device, ref_device = (device if place == "auto" else torch.device(place)
+                                 for place in (cfg.master_device, cfg.ref_device))
     if not cfg.data:
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     problems, held_out = load_problems(cfg)
@@ -867,12 +989,17 @@ def train(cfg):
         distill(model, tokenizer, cfg)
         print(f"distilled: {cfg.distill_steps} steps, {time.time() - begin:.0f} s", flush=True)
 
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     batch_size = cfg.prompts * cfg.rollouts
     buffer = ReplayBuffer(cfg.buffer * batch_size, cfg.seed)
-    before = after = evaluate(model, tokenizer, held_out, cfg, 0)
-    record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before[0]})
+    if cfg.steps:
+        reference = copy.deepcopy(model).requires_grad_(False).to(ref_device)
+        masters = master_weights(model, master_device)
+        optimizer = torch.optim.AdamW(masters, lr=0.0, betas=(0.9, 0.95), weight_decay=0, fused=True)
+        if device.type == "cuda":
+            longest = max((p["problem"] for p in problems), key=len)
+            rehearse(model, masters, optimizer, encode_prompt(tokenizer, longest, cfg), cfg)
+    before = after = evaluate(model, tokenizer, held_out, cfg, 0, out)
+    record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before["accuracy"]})
     tokens = seconds = 0
 
     for step in range(1, cfg.steps + 1):
@@ -883,7 +1010,8 @@ def train(cfg):
         asked = [problems[i] for i in chosen for _ in range(cfg.rollouts)]
         fresh = rollout(model, tokenizer, asked, cfg, step, "rollout")
         add_signals(fresh, cfg)
-        cache_values(reference, fresh, cfg, "ref")
+        cache_values(reference.to(device), fresh, cfg, "ref")
+        reference.to(ref_device)
         if cfg.algo == "grpo":
             cache_values(model, fresh, cfg, "old")
         buffer.add(fresh)
@@ -896,14 +1024,14 @@ def train(cfg):
         for k in range(cfg.updates):
             replay = k > 0 and cfg.algo != "grpo"
             batch = buffer.sample(batch_size) if replay else fresh
-            stats.append(gradient(model, batch, cfg))
-            optimizer.step()
+            stats.append(gradient(model, masters, batch, cfg))
+            update(model, masters, optimizer)
             ages += [step - t["step"] for t in batch if replay]
 
         # 3. Now and then the reference catches up: what was cached from the old one is stale.
         if cfg.ref_reset and step % cfg.ref_reset == 0:
             reference.load_state_dict(model.state_dict())
-            cache_values(reference, buffer.items, cfg, "ref")
+            cache_values(model, buffer.items, cfg, "ref")
         learned = time.time()
 
         # 4. Tell. Figures of the fresh batch are those of the policy that sampled it.
@@ -911,10 +1039,10 @@ def train(cfg):
         seconds += sampled - start
         look = step % cfg.eval_every == 0 or step == cfg.steps
         if look:
-            after = evaluate(model, tokenizer, held_out, cfg, step)
+            after = evaluate(model, tokenizer, held_out, cfg, step, out)
         record(out, stats[0] | {
             "step": step, "rollouts": step * batch_size, "updates": step * cfg.updates,
-            "reward": fmean(t["reward"] for t in fresh), "accuracy": after[0] if look else None,
+            "reward": fmean(t["reward"] for t in fresh), "accuracy": after["accuracy"] if look else None,
             "grad_norm": fmean(s["grad_norm"] for s in stats),
             "length": fmean(len(t["response"]) for t in fresh),
             "truncated": fmean(not t["ended"] for t in fresh), "age": fmean(ages) if ages else None,
@@ -922,8 +1050,9 @@ def train(cfg):
         if look:
             print_samples(fresh)
 
-    save(model, tokenizer, out)
-    return {"accuracy_before": before[0], "accuracy_after": after[0], "stderr": after[1],
+    if cfg.steps or not cfg.model:
+        save(model, tokenizer, out)
+    return {"accuracy_before": before["accuracy"], "accuracy_after": after.pop("accuracy"), **after,
             "steps": cfg.steps, "rollouts": cfg.steps * batch_size,
             "updates": cfg.steps * cfg.updates, "tokens_generated": tokens,
             "seconds": time.time() - begin, "tokens_per_second": tokens / max(seconds, 1e-9),
@@ -935,6 +1064,11 @@ def main(argv):
         summary = train(parse_args(argv))
     except (UserError, FloatingPointError) as error:
         print(f"reval_min: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print("reval_min: error: the GPU's memory is too small; lower --micro-batch-tokens or "
+              "--max-new-tokens, or give --master-device cpu --ref-device cpu "
+              f"({str(error).partition('. ')[0]})", file=sys.stderr)
         return 2
     for key, value in summary.items():
         print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
