@@ -467,12 +467,14 @@ def load_model(cfg, device):
                 cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 cfg.model, config=config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+            if cfg.gradient_checkpointing:  # under its new name and its old one
+                enable = getattr(model, "activation_checkpointing_enable",
+                                 model.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"--model {cfg.model}: no causal LM to load there ({reason})")
     model.to(device).eval()
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     check_head(model, cfg.model)
     # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
     # a top-k and more in their generation_config, and generate() fills from it whatever a caller
@@ -994,7 +996,7 @@ def train(cfg):
     if cfg.steps:
         reference = copy.deepcopy(model).requires_grad_(False).to(ref_device)
         masters = master_weights(model, master_device)
-        optimizer = torch.optim.AdamW(masters, lr=0.0, betas=(0.9, 0.95), weight_decay=0, fused=True)
+        optimizer = torch.optim.AdamW(masters, 0.0, (0.9, 0.95), weight_decay=0, fused=True)
         if device.type == "cuda":
             longest = max((p["problem"] for p in problems), key=len)
             rehearse(model, masters, optimizer, encode_prompt(tokenizer, longest, cfg), cfg)
@@ -1042,7 +1044,8 @@ def train(cfg):
             after = evaluate(model, tokenizer, held_out, cfg, step, out)
         record(out, stats[0] | {
             "step": step, "rollouts": step * batch_size, "updates": step * cfg.updates,
-            "reward": fmean(t["reward"] for t in fresh), "accuracy": after["accuracy"] if look else None,
+            "reward": fmean(t["reward"] for t in fresh),
+            "accuracy": after["accuracy"] if look else None,
             "grad_norm": fmean(s["grad_norm"] for s in stats),
             "length": fmean(len(t["response"]) for t in fresh),
             "truncated": fmean(not t["ended"] for t in fresh), "age": fmean(ages) if ages else None,

@@ -9,6 +9,7 @@ the second kind of command.
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -429,6 +430,76 @@ def test_not_finite_stops_before_the_step(quick, monkeypatch, capsys):
     assert re.fullmatch(r"reval_min: error: .*step 1 to '\d+.*\n", capsys.readouterr().err)
 
 
+def test_bfloat16_micro_batches_add_up_in_float32():
+    """64 micro-batches of a bfloat16 model: its masters hold the sum of their gradients to float32
+    precision. What is left to a float32 model is the rounding inside the 64 passes, 1 to 1.5 %."""
+    cpu, (model, _) = torch.device("cpu"), rm.make_model(0)
+    low, plain = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16()
+    model.load_state_dict(low.state_dict())
+    masters, own = rm.master_weights(low, cpu), rm.master_weights(model, cpu)
+    assert all(a is b for a, b in zip(own, model.parameters()))
+    batch, total = trajectories(64), 0
+    for t in batch:
+        for part in (low, plain):
+            part.zero_grad()
+            (lambda q, v, mask: (q - v).sum().backward())(*rm.score(part, [t]))
+        total = total + flat_grad(plain).double()
+    found = torch.cat([w.grad.flatten() for w in masters])
+    assert found.dtype == torch.float32 and all(p.grad is None for p in low.parameters())
+    assert (found - total).norm() < 1e-6 * total.norm()
+    rm.cache_values(model, batch, rm.Config(), "ref")
+    rm.cache_values(model, batch, rm.Config(), "old")
+    for algo in ("reval", "grpo"):
+        rm.gradient(model, own, batch, rm.Config(algo=algo))
+        rm.gradient(low, masters, batch, rm.Config(algo=algo, micro_batch_tokens=1))
+        found, exact = (torch.cat([w.grad.flatten() for w in ws]) for ws in (masters, own))
+        assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_master_weights_keep_small_steps():
+    """At a learning rate of 1e-6 a bfloat16 weight never moves; with masters it follows float32."""
+    def trained(dtype, with_masters, steps=300):
+        model = rm.make_model(0)[0].bfloat16().to(dtype)
+        masters = rm.master_weights(model, model.device) if with_masters else list(
+            model.parameters())
+        optimizer = torch.optim.AdamW(masters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            for w in masters:
+                w.grad = (torch.rand(w.shape, generator=generator) + 1).to(w.dtype)
+            rm.update(model, masters, optimizer)
+        return torch.cat([w.flatten() for w in model.parameters()]).float().detach()
+    begin = trained(torch.bfloat16, False, steps=0)
+    exact, kept, lost = (trained(torch.float32, False), trained(torch.bfloat16, True),
+                         trained(torch.bfloat16, False))
+    assert (exact - begin).abs().mean() == pytest.approx(3e-4, rel=0.1)
+    assert torch.equal(kept, exact.bfloat16().float()) and not torch.equal(kept, begin)
+    large = begin.abs() > 0.01  # an update of 1e-6 is less than half a step of these
+    assert torch.equal(lost[large], begin[large]) and not torch.equal(kept[large], begin[large])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rehearsal_changes_nothing(dtype):
+    """Weights, masters, step count, moments and random draws stay; the state is allocated."""
+    model = rm.make_model(0)[0].to(dtype)
+    masters = rm.master_weights(model, model.device)
+    optimizer = torch.optim.AdamW(masters, lr=0.0, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    before = [w.detach().clone() for w in [*model.parameters(), *masters]]
+    torch.manual_seed(0)
+    state, seen, score = torch.get_rng_state(), [], rm.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm, "score", lambda model, batch: seen.append(batch) or score(model, batch))
+        rm.rehearse(model, masters, optimizer, torch.arange(3, 14), rm.Config(
+            micro_batch_tokens=200))
+    assert len(seen) == 1 and len(seen[0]) == 200 // (11 + 28)
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(before, [*model.parameters(), *masters]):
+        assert torch.equal(a, b)
+    assert len(optimizer.state) == len(masters)
+    for s in optimizer.state.values():
+        assert not s["step"] and not s["exp_avg"].any() and not s["exp_avg_sq"].any()
+
+
 # ---- Rollouts ------------------------------------------------------------------------------------
 
 def test_sampler_and_scorer_agree(quick):
@@ -510,6 +581,50 @@ def test_chat_template_and_bos(tmp_path):
     assert text == "<s><user>Q: 1 {+} 2? {x} A:"
     raw = rm.encode_prompt(tokenizer, "1?", dataclasses.replace(cfg, raw_prompt=True))
     assert tokenizer.decode(raw) == "Q: 1? {x}"
+
+
+def test_samplers_agree(quick):
+    """Continuous batching and generate: the same greedy answers, and samples of softmax(logits)."""
+    cfg = quick()
+    model, tokenizer = rm.load_model(cfg, "cpu")
+    prompts = [rm.encode_prompt(tokenizer, p, cfg) for p in ("12+34+56=?", "7+8=?", "9+98+97=?")]
+    paged = dataclasses.replace(cfg, sampler="continuous")
+
+    def greedy(cfg):
+        return [tokenizer.decode(x).partition("<eos>")[0]
+                for x in rm.sample(model, prompts, cfg, 0, temperature=0)]
+    assert greedy(cfg) == greedy(paged) and all(greedy(cfg))
+    model.generation_config.max_new_tokens = 1
+    with torch.no_grad():
+        logits = model(input_ids=prompts[0][None]).logits[0, -1] / 3
+    n, share = 400, logits.softmax(-1)
+    for way in (cfg, paged):  # temperature 3, so that there is more than one token to draw
+        drawn = torch.cat(rm.sample(model, [prompts[0]] * n, way, 7, temperature=3.0))
+        counts = torch.bincount(drawn, minlength=len(share))
+        assert ((counts - n * share)**2 / (n * share + 1)).sum() < 45  # 18 degrees of freedom
+        assert torch.equal(drawn, torch.cat(rm.sample(model, [prompts[0]] * n, way, 7, 3.0)))
+
+
+@pytest.mark.parametrize("sampler", ["generate", "continuous"])
+def test_new_weights_sample_next(quick, sampler):
+    """The same prompt before and after an update: nothing computed from old weights is reused."""
+    cfg = quick(sampler=sampler)
+    model, tokenizer = rm.load_model(cfg, "cpu")
+    prompt = rm.encode_prompt(tokenizer, "12+34+56=?", cfg)
+    first = rm.sample(model, [prompt], cfg, 0, temperature=0)[0].tolist()
+    other, _ = rm.make_model(1)
+    for weight, new in zip(model.parameters(), other.parameters()):
+        weight.data.copy_(new)
+    second = rm.sample(model, [prompt], cfg, 0, temperature=0)[0].tolist()
+    other.generation_config = model.generation_config
+    assert first != second == rm.sample(other, [prompt], quick(), 0, temperature=0)[0].tolist()
+
+
+def test_failed_continuous_batching_is_told(quick, monkeypatch, capsys):
+    """generate_batch only logs what goes wrong in its thread; here it ends the run in one line."""
+    monkeypatch.setattr(transformers.Qwen2ForCausalLM, "generate_batch", lambda *a, **k: {})
+    monkeypatch.setattr(rm, "parse_args", lambda argv: quick(sampler="continuous"))
+    assert rm.main([]) == 2 and "--sampler generate" in capsys.readouterr().err
 
 
 # ---- Buffer and schedule -------------------------------------------------------------------------
@@ -684,7 +799,7 @@ def test_checker_takes_linear_time():
         n, seconds = 1000, 0
         while seconds < 0.02:
             n, seconds = 2 * n, best(2 * n)
-        assert best(4 * n) < 8 * seconds, text
+        assert best(4 * n) < 12 * seconds, text
 
 
 def test_built_in_task():
@@ -795,6 +910,39 @@ def test_real_models_train_from_disk(kind, tmp_path, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
+def test_checkpointing_and_dropout_change_nothing(tmp_path):
+    """Activations made twice give the same gradient, and a model's own dropout is turned off."""
+    folder = saved_model(tmp_path / "m", "Qwen2", attention_dropout=0.5)
+    batch, gradients, calls = trajectories(), [], []
+    for checkpointing in (False, True):
+        cfg = rm.Config(model=folder, gradient_checkpointing=checkpointing)
+        model, _ = rm.load_model(cfg, torch.device("cpu"))
+        mlp = model.model.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda *ignored: calls.append(checkpointing))
+        rm.gradient(model, list(model.parameters()), batch, cfg)
+        gradients.append(flat_grad(model).clone())
+        assert not model.training
+    assert torch.equal(*gradients) and calls.count(True) == 2 * calls.count(False) > 0
+
+
+def test_bfloat16_run_on_the_front_door(tmp_path, monkeypatch):
+    """The 1.5B run's code in small: bfloat16, masters, checkpointing, and avg@n of the result."""
+    folder = saved_model(tmp_path / "m", "Qwen2")
+    transformers.GenerationConfig(eos_token_id=list(range(1, 140))).save_pretrained(folder)
+    monkeypatch.setattr(rm, "is_correct", lambda text, gold: "box" in text or len(text) % 2 == 0)
+    file, out = tmp_path / "p.json", tmp_path / "out"
+    file.write_text(json.dumps([{"problem": f"{i} + 1?", "answer": i + 1} for i in range(9)]))
+    argv = ["--model", folder, "--data", str(file), "--steps", "2", "--prompts", "2", "--rollouts",
+            "2", "--max-new-tokens", "12", "--lr", "1e-4", "--eval-problems", "2", "--eval-samples",
+            "4", "--dtype", "bfloat16", "--master-device", "cpu", "--ref-device", "cpu",
+            "--device", "cpu", "--out", str(out)]
+    assert rm.main(argv) == 0
+    assert all(math.isfinite(row["loss"]) for row in rows_of(out)[1:])
+    assert abs(rows_of(out)[1]["residual"]) < 500.01 and abs(rows_of(out)[1]["kl"]) < 0.05
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind, changes", [
     ("Gemma2", {}), ("Cohere", {"logit_scale": 0.1}), ("Phi", {}),
     ("Granite", {"logits_scaling": 8})])
@@ -807,6 +955,39 @@ def test_heads_that_do_not_fit_are_refused(kind, changes, tmp_path):
         model.save_pretrained(folder)
     with pytest.raises(rm.UserError, match="lm_head"):
         rm.load_model(rm.Config(model=folder), "cpu")
+
+
+def test_evaluation_figures(tmp_path, monkeypatch):
+    """avg@n, its standard error over problems and pass@k, against figures worked by hand; only
+    evaluation has a temperature; --steps 0 leaves no model, which would be a copy."""
+    right = {"a": [1, 0, 0, 0], "b": [1, 1, 0, 0], "c": [0, 0, 0, 0], "d": [1, 1, 1, 1]}
+    left, asked = {key: list(value) for key, value in right.items()}, []
+
+    def rollout(model, tokenizer, problems, cfg, step, purpose, temperature=1.0, top_p=1.0):
+        asked.append((purpose, temperature, top_p))
+        return [{**p, "text": "\\boxed{5}", "reward": float(left[p["problem"]].pop()),
+                 "response": torch.ones(3 + len(left["a"])), "ended": p["problem"] != "c"}
+                for p in problems]
+    monkeypatch.setattr(rm, "rollout", rollout)
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"problem": p, "answer": "5"}) for p in right))
+    out = tmp_path / "out"
+    cfg = rm.Config(model=saved_model(tmp_path / "m"), eval_data=str(file), steps=0, eval_samples=4,
+                    device="cpu", out=str(out))
+    found = rm.train(cfg)
+    assert asked == [("evaluation", 0.6, 0.95)]
+    assert found["accuracy_after"] == pytest.approx(7 / 16)
+    shares = [1 / 4, 2 / 4, 0, 1]
+    error = math.sqrt(sum((x - 7 / 16)**2 for x in shares) / 4) / math.sqrt(4)
+    assert found["stderr"] == pytest.approx(error)
+    # Two of four at random: "a" is right in 3 of 6 pairs, "b" in 5 of 6.
+    assert found["pass@2"] == pytest.approx((3 / 6 + 5 / 6 + 0 + 1) / 4)
+    assert found["pass@4"] == pytest.approx(3 / 4) and "pass@1" not in found
+    assert found["truncated"] == 1 / 4
+    rows = [json.loads(line) for line in (out / "eval.jsonl").open(encoding="utf-8")]
+    assert [row["right"] for row in rows] == [1, 2, 0, 4] and rows[0]["problem"] == "a"
+    assert rows[0]["samples"][0] == {"answer": "5", "right": 0, "ended": True, "length": 6}
+    assert not (out / "model").exists()
 
 
 # ---- Through the front door ----------------------------------------------------------------------
