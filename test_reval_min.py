@@ -1076,6 +1076,17 @@ def test_the_script_from_an_empty_folder(tmp_path):
         assert summary["out"] == str(Path("runs") / name) and summary["steps"] == "1"
 
 
+def test_bench_runs():
+    """Its GPU parts, in small and on a CPU, so that they are known to work."""
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, vocab_size=512)
+    seconds, extra, error = bench_q("cpu", "block 64", 32, 8, 300)
+    assert seconds > 0 and error < 1e-5 and bench_q("cpu", "4 products", 32, 8, 300)[0] > 0
+    for sampler in ("generate", "continuous"):
+        assert min(bench_sampler("cpu", sampler, 4, 8, **small)) > 0
+    assert len(bench_step("cpu", None, "cpu", n=8, T=16, **small)) == 6
+
+
 def test_the_file_itself():
     """Importing it does nothing, its lines fit, the docstring's commands parse."""
     code = (HERE / "reval_min.py").read_text(encoding="utf-8")
@@ -1184,6 +1195,193 @@ def compare(args):
     chart("reward, mean of the seeds: " + ", ".join(name for name, _ in rows), lines, 128)
 
 
+# ---- Evidence: python test_reval_min.py bench ----------------------------------------------------
+
+def clock(device):
+    """Seconds that count: of the GPU's wall clock, else of this process's CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def peak_bytes(device):
+    return rm.peak_memory_mb(torch.device(device)) * 1e6
+
+
+def bench_q(device, form, N, D, A=151_936):
+    """One form of Q and V, forward and backward. -> [best of 3 seconds, extra peak bytes beside
+    operands and gradients, largest error of log pi against float64]; None: it is not installed."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, D, device=device).mul_(s).to(dtype).requires_grad_()
+                      for n, s in ((N, 1), (A, D**-0.5 * 3)))
+    actions = torch.randint(A, (N,), device=device)
+    if device == "cuda":
+        hidden @ weight[:9].T  # cuBLAS takes its workspace
+        torch.cuda.reset_peak_memory_stats()
+
+    def plain():
+        logits = (hidden @ weight.T).float()
+        return logits.log_softmax(1).gather(1, actions[:, None])[:, 0]
+
+    def products(n):  # what no version can avoid: one forward, two backward, one for recomputation
+        for _ in range(n - 2):
+            logits = hidden.detach() @ weight.detach().T
+        weight.grad, hidden.grad = logits.T @ hidden.detach(), logits @ weight.detach()
+    if form == "liger":
+        try:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        except ImportError:
+            return None
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        run = lambda: -loss(weight, hidden, actions)
+    elif form == "cut-cross-entropy":
+        try:
+            from cut_cross_entropy import linear_cross_entropy
+        except ImportError:
+            return None
+        run = lambda: -linear_cross_entropy(hidden, weight, actions, reduction="none")
+    else:
+        run = plain if form == "plain" else lambda: torch.sub(
+            *rm.q_from_logits(hidden, weight, actions, int(form.split()[-1])))
+    seconds, error, base = [], None, peak_bytes(device)
+    for _ in range(3):
+        hidden.grad = weight.grad = None
+        begin = clock(device)
+        if form.endswith("products"):
+            products(int(form.split()[0]))
+        else:
+            run().sum().backward()
+        seconds.append(clock(device) - begin)
+    extra = peak_bytes(device) - base - (hidden.numel() + weight.numel()) * hidden.element_size()
+    if form == "plain" or form.startswith("block"):
+        exact = (hidden[:64].double() @ weight.double().T).log_softmax(1)
+        error = (run()[:64] - exact.gather(1, actions[:64, None])[:, 0]).abs().max().item()
+    return [min(seconds), extra, error]
+
+
+def shaped_model(device, **changes):
+    """A Qwen2 of random weights in the shape of DeepSeek-R1-Distill-Qwen-1.5B. Each token ends a
+    response with a chance of 1 in 512: mixed lengths."""
+    shape = dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                 num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=False,
+                 max_position_embeddings=131_072) | changes
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.Qwen2Config(**shape), dtype=torch.bfloat16).eval()
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=1024, pad_token_id=0,
+        eos_token_id=list(range(max(1, shape["vocab_size"] // 512))))
+    return model
+
+
+def bench_sampler(device, sampler, batch, max_new_tokens=1024, **shape):
+    """-> tokens per second of sampling, and of reading all weights once per step of the batch."""
+    model, cfg = shaped_model(device, **shape), rm.Config(sampler=sampler)
+    model.generation_config.max_new_tokens = max_new_tokens
+    prompts = [torch.randint(9, 99, (100 + 10 * (i % 10),)) for i in range(batch)]
+    rm.sample(model, prompts[:2], cfg, 0)
+    begin = clock(device)
+    responses = rm.sample(model, prompts, cfg, 1)
+    seconds, ends = clock(device) - begin, torch.tensor(model.generation_config.eos_token_id)
+    tokens = sum(len(r) if not stops else stops[0] + 1 for r in responses
+                 for stops in [torch.isin(r, ends).nonzero()[:, 0].tolist()])
+    begin = clock(device)
+    for _ in range(3):
+        for weight in model.parameters():
+            weight.sum()
+    return [tokens / seconds, 3 * batch / (clock(device) - begin)]
+
+
+def bench_step(device, cap_gb, place, n=64, T=1024, **shape):
+    """One iteration of ReVal, K = 2: n responses of T tokens. -> [seconds, peak bytes] of
+    generation, reference and update; optimizer and reference live on place."""
+    if cap_gb and device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
+    model = shaped_model(device, **shape)
+    model.generation_config.eos_token_id = [shape.get("vocab_size", 151_936) - 1]
+    model.generation_config.max_new_tokens = T
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
+        {"use_reentrant": False})
+    cfg = rm.Config(preset="r1-distill-1.5b", rollouts=8, max_new_tokens=T)
+    reference = copy.deepcopy(model).requires_grad_(False).to(place)
+    masters = rm.master_weights(model, torch.device(place))
+    optimizer = torch.optim.AdamW(masters, 0.0, (0.9, 0.95), weight_decay=0, fused=True)
+    prompt, figures = torch.randint(9, 99, (100,)), []
+    rm.rehearse(model, masters, optimizer, prompt, cfg)
+
+    def generation():
+        for response in rm.sample(model, [prompt] * n, cfg, 0):
+            batch.append({"prompt": prompt, "response": response, "reward": len(batch) % 2.0,
+                          "problem": "", "step": 1})
+        rm.add_signals(batch, cfg)
+
+    def scoring():
+        rm.cache_values(reference.to(device), batch, cfg, "ref")
+        reference.to(place)
+
+    def learning():
+        for _ in range(2):
+            rm.gradient(model, masters, batch, cfg)
+            rm.update(model, masters, optimizer)
+    batch = []
+    for phase in (generation, scoring, learning):
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        begin = clock(device)
+        phase()
+        figures += [clock(device) - begin, peak_bytes(device)]
+    return figures
+
+
+def apart(function, *args):
+    """Calls it in a process of its own, so that its peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def bench(args):
+    """Speed and memory of the parts, on the GPU if there is one, else what a CPU can show."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, 1 thread"
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    D, sizes = (1536, (2048, 8192, 16384)) if device == "cuda" else (896, (2048,))
+    forms = ["plain", "3 products", "4 products", *(f"block {b}" for b in args.blocks), "liger",
+             "cut-cross-entropy"]
+    print(f"Q and V, forward and backward, D = {D}, A = 151,936\n\n| N | form | s | / plain | / "
+          "4 products | extra MB | / plain | error |\n|" + "---|" * 8)
+    for N in sizes:
+        found = {form: apart(bench_q, device, form, N, D) for form in forms}
+        plain, floor = found["plain"], found["4 products"]
+        for form, figures in found.items():
+            if figures:
+                seconds, extra, error = figures
+                print(f"| {N} | {form} | {seconds:.3g} | {seconds / plain[0]:.2f} | "
+                      f"{seconds / floor[0]:.2f} | {extra / 1e6:.0f} | {extra / plain[1]:.2f} | "
+                      + (f"{error:.1e} |" if error is not None else "- |"), flush=True)
+    if device == "cpu":
+        return print("\nskipped without a GPU: rollouts and a training step of the 1.5B shape")
+    print("\nRollouts of mixed length, 1.5B shape, up to 1,024 tokens\n\n| batch | sampler | "
+          "tokens/s | of the floor, weights read once a step |\n|---|---|---|---|")
+    for batch, sampler in itertools.product((64, 256), ("generate", "continuous")):
+        speed, floor = apart(bench_sampler, device, sampler, batch)
+        print(f"| {batch} | {sampler} | {speed:.0f} | {speed / floor:.2f} |", flush=True)
+    print("\nOne iteration, 64 responses x 1,024 tokens, K = 2, 1.5B shape\n\n| memory | optimizer "
+          "and reference | generation s, GB | reference s, GB | updates s, GB |\n|"
+          + "---|" * 5)
+    for cap, place in ((None, "cuda"), (22, "cpu"), (15, "cpu")):
+        try:
+            figures = apart(bench_step, device, cap, place)
+            cells = [f"{s:.1f}, {b / 1e9:.1f}" for s, b in zip(figures[::2], figures[1::2])]
+        except (torch.OutOfMemoryError, rm.UserError) as error:
+            cells = [str(error)[:80], "-", "-"]
+        print(f"| {cap or 'all'} | {place} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description="The evidence behind the README's tables.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1196,8 +1394,13 @@ def main(argv):
     command.add_argument("--each", action="store_true", help="a row for every seed as well")
     command.add_argument("--jobs", type=int, default=1, help="processes side by side (default 1)")
     command.add_argument("--out", default="runs/compare", help="finished runs are kept here")
+    command.set_defaults(run=compare)
+    command = commands.add_parser("bench", help="speed and memory of the parts")
+    command.add_argument("--blocks", nargs="+", type=int, default=[1024, 4096, 16384],
+                         help="block sizes of q_from_logits to try")
+    command.set_defaults(run=bench)
     args = parser.parse_args(argv)
-    compare(args)
+    args.run(args)
 
 
 if __name__ == "__main__":
