@@ -43,8 +43,12 @@ import itertools
 import json
 import math
 import operator
+import os
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import zlib
@@ -130,7 +134,9 @@ class Config:
     sampler: str = setting("auto", "auto", "auto: continuous on cuda, else generate",
                            ("auto", "generate", "continuous"))
     seed: int = setting(0, 0, "of every random draw", zero=True)
+    save_every: int = setting(10, 10, "iterations between checkpoints")
     out: str = setting(None, None, "a new folder for the run; none: one under runs/")
+    resume: str = setting(None, None, "folder of a run to continue, with its settings")
 
     def __post_init__(self):
         self.preset = self.preset or PRESETS[bool(self.data or self.eval_data)]
@@ -150,8 +156,12 @@ class Config:
         if "{problem}" not in self.prompt:
             raise UserError("--prompt: write {problem} where the problem goes")
 
+RESUMABLE = {"resume", "steps", "save_every", "device", "master_device", "ref_device", "sampler",
+             "micro_batch_tokens", "gradient_checkpointing"}
+
 def parse_args(argv):
-    """The command line as a Config: every field is a flag."""
+    """The command line as a Config: every field is a flag. With --resume the other settings are
+    those of the run, and only how long, where and in what pieces it goes on may be said anew."""
     parser = argparse.ArgumentParser("reval_min", description=__doc__.split("\n")[0],
                                      allow_abbrev=False)
 
@@ -164,7 +174,18 @@ def parse_args(argv):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         text = f.metadata["help"] + values * (toy is not None) + f" {'|'.join(choices)}"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
-    return Config(**vars(parser.parse_args(argv)))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if "resume" in given:
+        if fixed := sorted(given.keys() - RESUMABLE):
+            raise UserError(f"--{fixed[0].replace('_', '-')} cannot change beside --resume; leave "
+                            "it out, or begin a new run with --model")
+        try:
+            file = Path(given["resume"], "config.json")
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            given = {f.name: kept[f.name] for f in dataclasses.fields(Config)} | given
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"--resume {given['resume']}: no run of this program ({error})")
+    return Config(**given)
 
 
 # ---- 2. The answer checker -----------------------------------------------------------------------
@@ -372,32 +393,40 @@ def demonstrate(problem, written):
     work = f"{x}+{y}+{z}={units};{a}+{b}+{c}+{carry}={a + b + c + carry};"
     return work * written + "\\boxed{%d}" % (10 * (a + b + c) + units)
 
+LONGEST_PROBLEM = 20_000  # characters
+
 def read_problems(path):
     """A JSONL file, or one JSON array, of objects with problem (or question) and answer, names in
     any case. -> a list of {"problem", "answer"}; rows without a usable answer are dropped."""
-    if path.startswith("hf://datasets/"):
-        from huggingface_hub import hf_hub_download
-        owner, name, file = path.removeprefix("hf://datasets/").split("/", 2)
-        path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+    where, advice = path, ""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else [
-            json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSONL or a JSON array ({error})")
+        if path.startswith("hf://datasets/"):
+            from huggingface_hub import hf_hub_download
+            owner, name, file = path.removeprefix("hf://datasets/").split("/", 2)
+            advice = "; a local file needs no network"
+            path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+        text, rows = Path(path).read_text(encoding="utf-8"), []
+        for n, line in enumerate([] if text.lstrip()[:1] == "[" else text.split("\n"), 1):
+            where = f"{path}, line {n}"
+            rows += [json.loads(line)] if line.strip() else []
+        rows = rows or json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{where}: cannot be read as JSONL or a JSON array ({reason}){advice}")
     problems, dropped = {}, []  # by text: no problem may be both trained on and held out
     for row in rows:
         row = {key.lower(): value for key, value in row.items()} if type(row) is dict else {}
         problem = row.get("problem") or row.get("question")
         answer = str(row.get("answer")).rpartition("####")[2].strip()  # GSM8K: after a solution
         usable = row.get("answer") is not None and is_correct(f"\\boxed{{{answer}}}", answer)
-        if problem and isinstance(problem, str) and usable and problem not in problems:
+        if problem and isinstance(problem, str) and usable and problem not in problems and (
+                len(problem) <= LONGEST_PROBLEM):
             problems[problem] = {"problem": problem, "answer": answer}
         else:
             dropped.append(row)
     if dropped:
-        print(f"{path}: dropped {len(dropped)} of {len(rows)} rows, which repeat a problem or have "
-              f"no answer that can be checked; the first is {dropped[0]!r:.200}")
+        print(f"{path}: dropped {len(dropped)} of {len(rows)} rows, which repeat a problem, are "
+              f"too long or have no answer to check; the first is {dropped[0]!r:.200}")
     if not problems:
         raise UserError(f"{path}: no row has both a problem and a usable answer")
     return list(problems.values())
@@ -473,7 +502,8 @@ def load_model(cfg, device):
                 enable({"use_reentrant": False})
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
-            raise UserError(f"--model {cfg.model}: no causal LM to load there ({reason})")
+            raise UserError(f"--model {cfg.model}: no causal LM with its tokenizer to load there "
+                            f"({reason}); a local folder needs no network")
     model.to(device).eval()
     check_head(model, cfg.model)
     # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
@@ -595,7 +625,12 @@ def micro_batches(batch, max_tokens):
 
 def encode_prompt(tokenizer, problem, cfg):
     """The token ids of the prompt, [P]: in the chat template where there is one. As that brings
-    its own BOS, none is added to it."""
+    its own BOS, none is added to it. What a problem says is text: a space breaks up the names of
+    special tokens in it, which could end the turn."""
+    problem = problem.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is none
+    for token in {t.content for t in tokenizer.added_tokens_decoder.values()}:
+        if len(token) > 1 and not token.isspace():
+            problem = problem.replace(token, token[0] + " " + token[1:])
     text = cfg.prompt.replace("{problem}", problem)
     raw = cfg.raw_prompt or tokenizer.chat_template is None
     if not raw:
@@ -885,25 +920,46 @@ METRICS = ("step rollouts updates reward accuracy loss residual v_gap kl grad_no
 COLUMNS = {"step": (4, 0), "rollouts": (8, 0), "reward": (6, 3), "accuracy": (8, 3),
            "residual": (8, 2), "kl": (7, 2), "length": (7, 1), "age": (5, 1), "seconds": (7, 1)}
 
+def replace(path, write):
+    """Writes a file by calling write on an open one beside it, which takes its place when it is
+    whole: whatever happens, path is what it was or what it shall be."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: cannot be written ({reason}); what was there before stays")
+
+def write_config(out, cfg):
+    """Writes config.json, from which --resume takes the settings."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    config = dataclasses.asdict(cfg) | {"out": str(out), "resume": None, "versions": versions}
+    replace(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+
 def open_run(cfg):
-    """Makes the folder of the run, never one that exists, and writes config.json into it."""
+    """Makes the folder of the run, never one that exists, unless to resume. -> its path"""
+    if cfg.resume:
+        return Path(cfg.resume)
     name = f"runs/{cfg.preset}-{cfg.algo}-s{cfg.seed}"
     names = [cfg.out] if cfg.out else (name + f"-{n}" * (n > 1) for n in range(1, 10**6))
-    out = next((Path(name) for name in names if not Path(name).exists()), None)
-    if out is None:
-        raise UserError(f"--out {cfg.out}: it exists; name a new folder")
-    out.mkdir(parents=True)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    (out / "config.json").write_text(
-        json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=1), encoding="utf-8")
+    out = Path(next(name for name in names if cfg.out or not Path(name).exists()))
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: no folder can be made there ({error.strerror}); name a new "
+                        "one, or continue a run with --resume")
+    write_config(out, cfg)
     return out
 
 def record(out, row):
-    """Appends a row to metrics.jsonl and prints its main columns, under a head at step 0."""
+    """Appends a row to metrics.jsonl and prints its main columns."""
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({key: row.get(key) for key in METRICS}) + "\n")
-    if row["step"] == 0:
-        print(" ".join(key.rjust(width) for key, (width, _) in COLUMNS.items()))
     row = row | {"seconds": row.get("seconds_rollout", 0) + row.get("seconds_update", 0)}
     print(" ".join("-".rjust(width) if row.get(key) is None else f"{row[key]:{width}.{digits}f}"
                    for key, (width, digits) in COLUMNS.items()), flush=True)
@@ -915,11 +971,63 @@ def print_samples(trajectories):
             text = t["text"] + "[cut]" * (not t["ended"])
             print(f"  {word}: {t['problem']!r:.300} -> {text!r:.300}")
 
+def save_checkpoint(out, progress, model, masters, optimizer, reference, buffer):
+    """Writes out/checkpoint.pt: all that the next iteration depends on, in tensors and plain
+    values. Random draws depend on (seed, step, purpose) alone, so no generator is in it."""
+    names = [name for name, _ in model.named_parameters()]
+    state = {"format": "reval_min 1", "progress": progress, "draws": buffer.draws,
+             "masters": {name: master.detach() for name, master in zip(names, masters)},
+             "optimizer": optimizer.state_dict(), "reference": reference.state_dict(),
+             "buffer": buffer.items}
+    replace(out / "checkpoint.pt", lambda file: torch.save(state, file))
+
+def load_checkpoint(out, cfg, known, model, masters, optimizer, reference, buffer):
+    """Puts the state of out/checkpoint.pt into these, and cuts the logs back to its step. -> its
+    progress. UserError if it is broken or foreign; nothing in it is ever executed."""
+    try:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for (name, weight), master in zip(model.named_parameters(), masters):
+                weight.copy_(master.copy_(state["masters"][name]))
+        optimizer.load_state_dict(state["optimizer"])
+        reference.load_state_dict(state["reference"])
+        buffer.items, buffer.draws = state["buffer"], state["draws"]
+        step = state["progress"]["step"]
+        if step > cfg.steps:
+            raise ValueError(f"it is at step {step} already; give more --steps than that")
+        if state["progress"]["problems"] != known:
+            raise ValueError("its --data or --eval-data have changed; put them back")
+        extra = step % cfg.eval_every > 0 and step < cfg.steps  # an evaluation only an end makes
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            lines = (out / name).read_text(encoding="utf-8").split("\n")[:-1]  # a torn one, or ""
+            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+            if extra and name == "eval.jsonl":
+                rows = [row for row in rows if row["step"] < step]
+            elif extra:
+                rows[-1]["accuracy"] = None
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            replace(out / name, lambda file: file.write(text.encode()))
+        return state["progress"]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign or damaged file makes torch and json raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"--resume {out}: cannot continue from its checkpoint.pt ({reason:.200})")
+
 def save(model, tokenizer, out):
     """Writes out/model, for from_pretrained, under that name only when whole; and curves.png."""
-    model.save_pretrained(out / "model.part")
-    tokenizer.save_pretrained(out / "model.part")
-    (out / "model.part").rename(out / "model")
+    part, old = out / "model.part", out / "model.old"
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if (out / "model").exists():
+            (out / "model").rename(old)
+        part.rename(out / "model")
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise UserError(f"{out / 'model'}: cannot be written ({error}); make room, then --resume")
+    shutil.rmtree(old, ignore_errors=True)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -930,7 +1038,23 @@ def save(model, tokenizer, out):
         points = [(row["rollouts"], row[key]) for row in rows if row[key] is not None]
         axis.plot([x for x, _ in points], [y for _, y in points])
         axis.set(title=key, xlabel="rollouts")
-    figure.savefig(out / "curves.png")
+    replace(out / "curves.png", lambda file: figure.savefig(file, format="png"))
+
+def sickness(rows, before, after):
+    """What is wrong with a run by its last five rows and two evaluations, in plain words with a
+    mend, and a key for each: {key: text}."""
+    rewards, last = [row["reward"] for row in rows[-5:]], rows[-1]
+    doubt = 4 * math.hypot(before["stderr"], after["stderr"]) + 0.02
+    found = {
+        "zero": (len(rewards) == 5 and max(rewards) == 0, "no right answer in five iterations, so "
+                 "nothing to learn from; take easier problems, a better model or more --rollouts"),
+        "one": (len(rewards) == 5 and min(rewards) == 1, "every answer was right for five "
+                "iterations, so nothing is left to learn; take harder problems"),
+        "cut": (last["truncated"] > 0.5, f"{last['truncated']:.0%} of the responses were cut and "
+                "earned nothing; raise --max-new-tokens"),
+        "worse": (after["accuracy"] < before["accuracy"] - doubt, f"accuracy fell from "
+                  f"{before['accuracy']:.3f} to {after['accuracy']:.3f}; lower --lr or raise --beta")}
+    return {key: text for key, (is_so, text) in found.items() if is_so}
 
 def peak_memory_mb(device):
     """Peak memory: the GPU's where there is one, else the process's (None on Windows)."""
@@ -967,6 +1091,26 @@ def evaluate(model, tokenizer, problems, cfg, step, out):
             **passes, "length": fmean(len(t["response"]) for t in answers),
             "truncated": fmean(not t["ended"] for t in answers)}
 
+def iterations(first, last):
+    """Yields first ... last. Ctrl-C or SIGTERM ends them after the current one, a second one at
+    once."""
+    asked, before = [], {}
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in range(first, last + 1):
+            yield step
+            if asked:
+                return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 def train(cfg):
     """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
     begin = time.time()
@@ -987,24 +1131,37 @@ def train(cfg):
     out = open_run(cfg)
     print(f"{cfg}\n{device}, {model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} "
           f"problems, {len(held_out)} held out, results in {out}", flush=True)
-    if not cfg.model:
+    if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
         print(f"distilled: {cfg.distill_steps} steps, {time.time() - begin:.0f} s", flush=True)
 
     batch_size = cfg.prompts * cfg.rollouts
     buffer = ReplayBuffer(cfg.buffer * batch_size, cfg.seed)
-    if cfg.steps:
+    learns = bool(cfg.steps or cfg.resume)
+    if learns:
         reference = copy.deepcopy(model).requires_grad_(False).to(ref_device)
         masters = master_weights(model, master_device)
         optimizer = torch.optim.AdamW(masters, 0.0, (0.9, 0.95), weight_decay=0, fused=True)
+        parts = (model, masters, optimizer, reference, buffer)
         if device.type == "cuda":
             longest = max((p["problem"] for p in problems), key=len)
             rehearse(model, masters, optimizer, encode_prompt(tokenizer, longest, cfg), cfg)
-    before = after = evaluate(model, tokenizer, held_out, cfg, 0, out)
-    record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before["accuracy"]})
-    tokens = seconds = 0
+    known = zlib.crc32(repr((problems, held_out)).encode("utf-8", "replace"))
+    if cfg.resume:
+        progress = load_checkpoint(out, cfg, known, *parts)
+        write_config(out, cfg)
+    else:
+        before = evaluate(model, tokenizer, held_out, cfg, 0, out)
+        progress = {"step": 0, "tokens": 0, "seconds": 0.0, "elapsed": time.time() - begin,
+                    "before": before, "after": before, "problems": known}
+    print(" ".join(key.rjust(width) for key, (width, _) in COLUMNS.items()))
+    if not cfg.resume:
+        record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before["accuracy"]})
+        if learns:
+            save_checkpoint(out, progress, *parts)
+    begin, step, rows, told = time.time() - progress["elapsed"], progress["step"], [], set()
 
-    for step in range(1, cfg.steps + 1):
+    for step in iterations(step + 1, cfg.steps):
         # 1. Collect: a few problems, several responses to each by the live model.
         start = time.time()
         chosen = rng(cfg.seed, step, "prompts").choice(
@@ -1037,12 +1194,9 @@ def train(cfg):
         learned = time.time()
 
         # 4. Tell. Figures of the fresh batch are those of the policy that sampled it.
-        tokens += sum(len(t["response"]) for t in fresh)
-        seconds += sampled - start
         look = step % cfg.eval_every == 0 or step == cfg.steps
-        if look:
-            after = evaluate(model, tokenizer, held_out, cfg, step, out)
-        record(out, stats[0] | {
+        after = evaluate(model, tokenizer, held_out, cfg, step, out) if look else progress["after"]
+        rows.append(stats[0] | {
             "step": step, "rollouts": step * batch_size, "updates": step * cfg.updates,
             "reward": fmean(t["reward"] for t in fresh),
             "accuracy": after["accuracy"] if look else None,
@@ -1050,32 +1204,58 @@ def train(cfg):
             "length": fmean(len(t["response"]) for t in fresh),
             "truncated": fmean(not t["ended"] for t in fresh), "age": fmean(ages) if ages else None,
             "seconds_rollout": sampled - start, "seconds_update": learned - sampled})
+        record(out, rows[-1])
         if look:
             print_samples(fresh)
+        for key, text in sickness(rows, progress["before"], after).items():
+            if key not in told:
+                print("warning:", text, flush=True)
+                told.add(key)
 
-    if cfg.steps or not cfg.model:
+        # 5. Keep. After a kill the run goes on from here as if nothing had happened.
+        progress = progress | {
+            "step": step, "after": after, "elapsed": time.time() - begin,
+            "tokens": progress["tokens"] + sum(len(t["response"]) for t in fresh),
+            "seconds": progress["seconds"] + sampled - start}
+        if step % cfg.save_every == 0:
+            save_checkpoint(out, progress, *parts)
+
+    if learns and step % cfg.save_every:
+        save_checkpoint(out, progress, *parts)
+    if step < cfg.steps:
+        raise KeyboardInterrupt(f"stopped after step {step}; go on with --resume {out}")
+    if learns or not cfg.model:
         save(model, tokenizer, out)
+    before, after, tokens = progress["before"], dict(progress["after"]), progress["tokens"]
     return {"accuracy_before": before["accuracy"], "accuracy_after": after.pop("accuracy"), **after,
             "steps": cfg.steps, "rollouts": cfg.steps * batch_size,
             "updates": cfg.steps * cfg.updates, "tokens_generated": tokens,
-            "seconds": time.time() - begin, "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds": time.time() - begin,
+            "tokens_per_second": tokens / max(progress["seconds"], 1e-9),
             "peak_memory_mb": peak_memory_mb(device), "out": str(out)}
 
 def main(argv):
-    """The command line. -> exit status: 0, or 2 after one line on what went wrong."""
+    """The command line. -> exit status: 0; 2 after one line on what went wrong; 130 if it was told
+    to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a console cannot show comes out escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         summary = train(parse_args(argv))
-    except (UserError, FloatingPointError) as error:
-        print(f"reval_min: error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt as stop:
+        print(f"reval_min: {stop or 'stopped'}", file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError as error:
-        print("reval_min: error: the GPU's memory is too small; lower --micro-batch-tokens or "
-              "--max-new-tokens, or give --master-device cpu --ref-device cpu "
-              f"({str(error).partition('. ')[0]})", file=sys.stderr)
-        return 2
-    for key, value in summary.items():
-        print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-    return 0
+        message = ("the GPU's memory is too small; lower --micro-batch-tokens or --max-new-tokens, "
+                   f"or give --master-device cpu --ref-device cpu ({str(error).partition('. ')[0]})")
+    except (UserError, FloatingPointError, OSError) as error:
+        message = error
+    else:
+        for key, value in summary.items():
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+        return 0
+    print(f"reval_min: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

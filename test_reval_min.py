@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1014,9 +1016,10 @@ def test_a_run_leaves_its_record(quick, capsys):
     result = rm.train(cfg)
     out = Path(cfg.out)
     names = {p.name for p in out.iterdir()} - {"curves.png"}
-    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "model"}
+    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "checkpoint.pt", "model"}
     saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert saved.pop("versions")["torch"] == torch.__version__ and rm.Config(**saved) == cfg
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 2
     for row in rows_of(out):
         assert tuple(row) == tuple(rm.METRICS)
     last = rows_of(out)[-1]
@@ -1099,6 +1102,218 @@ def test_the_file_itself():
             flags = [w for w in words.split() if w.startswith("--") and w != "--help"]
             known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(rm.Config)}
             assert set(flags) <= known, words
+
+
+# ---- Nothing is lost -----------------------------------------------------------------------------
+
+def weights_of(out):
+    return transformers.AutoModelForCausalLM.from_pretrained(Path(out) / "model").state_dict()
+
+
+def same_runs(a, b):
+    """Metrics but for times, evaluations and weights, to the bit."""
+    texts = [(Path(out) / "eval.jsonl").read_text(encoding="utf-8") for out in (a, b)]
+    assert timeless(rows_of(a)) == timeless(rows_of(b)) and texts[0] == texts[1]
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def flags(cfg):
+    """The command line of a Config."""
+    return [word for f in dataclasses.fields(cfg) if f.name not in ("raw_prompt", "resume")
+            and f.type is not bool and getattr(cfg, f.name) is not None
+            for word in ("--" + f.name.replace("_", "-"), str(getattr(cfg, f.name)))]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(ref_reset=2), dict(algo="grpo"), dict(dtype="bfloat16", algo="tbrm")])
+def test_resume_is_exact(changes, quick, capsys):
+    """N + M steps are N, stop, M: metrics, samples, evaluations and weights, to the bit."""
+    whole, parts = quick(steps=6, eval_every=4, **changes), quick(steps=3, eval_every=4, **changes)
+    assert rm.main(flags(whole)) == 0
+    printed = capsys.readouterr().out
+    assert rm.main(flags(parts)) == 0 and capsys.readouterr()
+    assert rm.main(["--resume", parts.out, "--steps", "6"]) == 0
+    resumed = capsys.readouterr().out
+    same_runs(whole.out, parts.out)
+    samples = [re.findall(r"  (?:right|wrong): .*", text) for text in (printed, resumed)]
+    assert samples[0] == samples[1] != []
+    # A run that is complete only writes its model again; its new total is remembered.
+    shutil.rmtree(parts.out + "/model")
+    assert rm.main(["--resume", parts.out]) == 0
+    same_runs(whole.out, parts.out)
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_after_the_iteration(number, quick, monkeypatch, capsys):
+    """Ctrl-C or SIGTERM: the iteration is finished, kept, and the run goes on exactly from there."""
+    whole, parts = quick(steps=4), quick(steps=4)
+    rm.train(whole)
+    update, calls = rm.update, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the first update of the second iteration
+            signal.raise_signal(getattr(signal, number))
+        update(*args)
+    before = signal.getsignal(getattr(signal, number))
+    monkeypatch.setattr(rm, "update", interrupted)
+    assert rm.main(flags(parts)) == 130
+    assert signal.getsignal(getattr(signal, number)) is before
+    assert f"stopped after step 2; go on with --resume {parts.out}" in capsys.readouterr().err
+    assert rm.main(["--resume", parts.out]) == 0
+    same_runs(whole.out, parts.out)
+
+
+def test_every_write_may_fail(quick, monkeypatch, capsys):
+    """A full disk or a lost one at any write, flush or replace: one line, status 2, and the last
+    checkpoint goes on to the very run that nothing disturbed."""
+    whole = quick(steps=3, save_every=1)
+    rm.train(whole)
+    full = OSError(28, "No space left on device")
+    plain = {"save": torch.save, "fsync": os.fsync, "replace": os.replace}
+    counts = dict.fromkeys(plain, 0)
+
+    def failing(name, at):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            if counts[name] == at:
+                if name == "save":
+                    args[1].write(b"half of a checkpoint")
+                raise full
+            return plain[name](*args, **kwargs)
+        return call
+    resumed = 0  # config.json is the first file, the first checkpoint the second
+    for name, at in (("save", 1), ("save", 2), ("save", 4), ("fsync", 1), ("fsync", 2),
+                     ("fsync", 4), ("replace", 1), ("replace", 3), ("replace", 5)):
+        cfg = quick(steps=3, save_every=1)
+        counts[name] = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch if name == "save" else os, name, failing(name, at))
+            assert rm.main(flags(cfg)) == 2, (name, at)
+        error = capsys.readouterr().err
+        assert error.startswith("reval_min: error: ") and error.count("\n") == 1
+        assert "No space left" in error and not list(Path(cfg.out).glob("*.part"))
+        if Path(cfg.out, "checkpoint.pt").exists():
+            assert rm.main(["--resume", cfg.out]) == 0
+            same_runs(whole.out, cfg.out)
+            resumed += 1
+    assert resumed == 5
+    cfg = quick(steps=3, save_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained",
+                      lambda *args, **kwargs: (_ for _ in ()).throw(full))
+        assert rm.main(flags(cfg)) == 2
+    assert "make room, then --resume" in capsys.readouterr().err
+    assert rm.main(["--resume", cfg.out]) == 0
+    same_runs(whole.out, cfg.out)
+
+
+def test_broken_checkpoints_are_refused(quick, tmp_path, capsys):
+    """Truncated, tampered, foreign or hostile files: one line each, and nothing is executed."""
+    cfg = quick(steps=2)
+    rm.train(cfg)
+    file, config = Path(cfg.out, "checkpoint.pt"), Path(cfg.out, "config.json")
+    good, settings = file.read_bytes(), config.read_text(encoding="utf-8")
+    state = torch.load(file, weights_only=True)
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+    bad = {"empty": b"", "truncated": good[:len(good) // 2], "text": b"hello"}
+    for name, value in {"hostile": Hostile(), "a list": [1], "no masters": state | {"masters": {}},
+                        "a shape": state | {"masters": {k: torch.ones(2, 2)
+                                                        for k in state["masters"]}}}.items():
+        torch.save(value, tmp_path / "bad.pt")
+        bad[name] = (tmp_path / "bad.pt").read_bytes()
+    for name, content in bad.items():
+        file.write_bytes(content)
+        assert rm.main(["--resume", cfg.out, "--steps", "3"]) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith("reval_min: error: --resume ") and error.count("\n") == 1
+        assert config.read_text(encoding="utf-8") == settings and len(rows_of(cfg.out)) == 3
+    assert not (tmp_path / "executed").exists()
+    file.unlink()
+    for argv, word in ((["--resume", cfg.out], "No such file"),
+                       (["--resume", str(tmp_path / "none")], "no run of this program"),
+                       (["--resume", cfg.out, "--model", "m"], "--model"),
+                       (["--resume", cfg.out, "--beta", "1"], "--beta")):
+        assert rm.main(argv) == 2 and word in capsys.readouterr().err
+    file.write_bytes(good)
+    assert rm.main(["--resume", cfg.out, "--steps", "1"]) == 2
+    assert "it is at step 2 already" in capsys.readouterr().err
+    config.write_text("{}", encoding="utf-8")
+    assert rm.main(["--resume", cfg.out]) == 2 and "no run" in capsys.readouterr().err
+
+
+def test_changed_problems_are_refused(tmp_path, capsys):
+    """A data file that has changed since would make another run of it."""
+    folder, file = saved_model(tmp_path / "m"), tmp_path / "p.json"
+    rows = [{"problem": f"{i} + 1?", "answer": i + 1} for i in range(20)]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    argv = ["--model", folder, "--data", str(file), "--steps", "1", "--prompts", "2", "--rollouts",
+            "2", "--max-new-tokens", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert rm.main(argv) == 0
+    file.write_text(json.dumps(rows[1:]), encoding="utf-8")
+    assert rm.main(["--resume", str(tmp_path / "out"), "--steps", "2"]) == 2
+    assert "have changed" in capsys.readouterr().err
+
+
+def test_hostile_text(tmp_path, capsys):
+    """Names of special tokens in a problem are text; odd characters, huge rows and braces neither
+    crash nor spoil a log, on a console of ASCII either."""
+    folder = saved_model(tmp_path / "m", chat=True)
+    cfg = rm.Config(model=folder, preset="r1-distill-1.5b", prompt="{problem}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = rm.encode_prompt(tokenizer, "1</s><user>2<s></s </s>", cfg).tolist()
+    assert ids.count(1) == 0 and ids.count(0) == 1 and ids.count(2) == 1  # the template's own
+    file, out = tmp_path / "p.jsonl", tmp_path / "out"
+    texts = ["a</s>b", "\ud800", "\x00\x1b[2J\r\u2028", "{problem} {0} %s {% if %}", "x" * 10**6,
+             "ü😀", "{{ messages }}"]
+    file.write_text("\n".join(json.dumps({"problem": t, "answer": "5"}) for t in texts * 2))
+    argv = ["--model", folder, "--data", str(file), "--eval-data", str(file), "--steps", "1",
+            "--prompts", "6", "--rollouts", "2", "--max-new-tokens", "3", "--device", "cpu",
+            "--out", str(out)]
+    assert rm.main(argv) == 0
+    assert "dropped 8 of 14 rows" in capsys.readouterr().out  # 7 repeat, one is too long
+    rows = [json.loads(line) for line in (out / "eval.jsonl").open(encoding="utf-8")]
+    assert [row["problem"] for row in rows[:6]] == [t for t in texts if len(t) < 99]
+    assert len(rows_of(out)) == 2
+
+
+def test_an_ascii_console(quick, monkeypatch):
+    """What it cannot show is printed escaped."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(rm, "train", lambda cfg: {"out": "ü\ud800"})
+    assert rm.main([]) == 0
+    sys.stdout.flush()
+    assert raw.getvalue() == rb"out: \xfc\ud800" + b"\n"
+
+
+def test_sick_runs_are_told_once(quick, monkeypatch, capsys):
+    """No reward, nothing but reward, cut responses, falling accuracy: each in words, with a mend."""
+    def warned(**settings):
+        rm.train(quick(steps=7, updates=1, eval_every=1, **settings))
+        return re.findall("warning: (.*)", capsys.readouterr().out)
+    verdict = True
+    monkeypatch.setattr(rm, "is_correct", lambda text, gold: verdict)
+    assert [w.split(" for five")[0] for w in warned()] == ["every answer was right"]
+    verdict = False
+    none, = warned()
+    assert "no right answer" in none and "--rollouts" in none
+    cut = warned(max_new_tokens=2)
+    assert len(cut) == 2 and "100%" in cut[0] and "--max-new-tokens" in cut[0]
+    monkeypatch.setattr(rm, "is_correct", lambda text, gold: verdict == "seen")
+    evaluate, done = rm.evaluate, []
+
+    def falling(model, tokenizer, problems, cfg, step, out):
+        done.append(step)
+        return evaluate(model, tokenizer, problems, cfg, step, out) | {
+            "accuracy": 0.5 if step < 6 else 0.3, "stderr": 0.02}
+    monkeypatch.setattr(rm, "evaluate", falling)
+    told = warned()
+    assert len(told) == 2 and "from 0.500 to 0.300; lower --lr" in told[1]
 
 
 # ---- Evidence: python test_reval_min.py compare --------------------------------------------------
