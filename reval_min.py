@@ -60,6 +60,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -149,6 +150,8 @@ class Config:
                 raise UserError(f"{flag}: choose from {', '.join(choices)}")
             if f.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
                 raise UserError(f"{flag}: give a number {'of at least' if zero else 'above'} 0")
+        if self.eval_top_p > 1:
+            raise UserError(f"--eval-top-p {self.eval_top_p}: a share of the mass is at most 1")
         if self.rollouts == 1 and (self.reward == "centered" or self.algo == "grpo"):
             raise UserError("--rollouts 1: a group of one has no mean to compare with; take more")
         if (self.data or self.eval_data) and not self.model:
@@ -409,7 +412,7 @@ def read_problems(path):
         for n, line in enumerate([] if text.lstrip()[:1] == "[" else text.split("\n"), 1):
             where = f"{path}, line {n}"
             rows += [json.loads(line)] if line.strip() else []
-        rows = rows or json.loads(text)
+        rows = rows or json.loads(text.strip() or "[]")
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{where}: cannot be read as JSONL or a JSON array ({reason}){advice}")
@@ -500,10 +503,11 @@ def load_model(cfg, device):
                 enable = getattr(model, "activation_checkpointing_enable",
                                  model.gradient_checkpointing_enable)
                 enable({"use_reentrant": False})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).split("\n")[0]
+            advice = "; a local folder needs no network" * (not Path(cfg.model).exists())
             raise UserError(f"--model {cfg.model}: no causal LM with its tokenizer to load there "
-                            f"({reason}); a local folder needs no network")
+                            f"({reason}){advice}")
     model.to(device).eval()
     check_head(model, cfg.model)
     # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
@@ -1052,8 +1056,9 @@ def sickness(rows, before, after):
                 "iterations, so nothing is left to learn; take harder problems"),
         "cut": (last["truncated"] > 0.5, f"{last['truncated']:.0%} of the responses were cut and "
                 "earned nothing; raise --max-new-tokens"),
-        "worse": (after["accuracy"] < before["accuracy"] - doubt, f"accuracy fell from "
-                  f"{before['accuracy']:.3f} to {after['accuracy']:.3f}; lower --lr or raise --beta")}
+        "worse": (after["accuracy"] < before["accuracy"] - doubt,
+                  f"accuracy fell from {before['accuracy']:.3f} to {after['accuracy']:.3f}; lower "
+                  "--lr, or raise --beta")}
     return {key: text for key, (is_so, text) in found.items() if is_so}
 
 def peak_memory_mb(device):
@@ -1247,7 +1252,8 @@ def main(argv):
         return 130
     except torch.OutOfMemoryError as error:
         message = ("the GPU's memory is too small; lower --micro-batch-tokens or --max-new-tokens, "
-                   f"or give --master-device cpu --ref-device cpu ({str(error).partition('. ')[0]})")
+                   "or give --master-device cpu --ref-device cpu "
+                   f"({str(error).partition('. ')[0]})")
     except (UserError, FloatingPointError, OSError) as error:
         message = error
     else:

@@ -2,6 +2,8 @@
 
     python -m pytest -q                      the tests: no network, no GPU, under two minutes of CPU
     python test_reval_min.py compare         ReVal against TBRM and GRPO from the same warm starts
+    python test_reval_min.py bench           speed and memory of the parts
+    python test_reval_min.py faults          50 kills of running programs, and what is lost by them
 
 Each test names the claim of the tutorial that it checks. The numbers of the README are printed by
 the second kind of command.
@@ -860,6 +862,55 @@ def test_held_out_part(tmp_path):
     assert [len(part) for part in rm.load_problems(only)] == [0, 50] and only.data
 
 
+def test_refusals(tmp_path, capsys, monkeypatch):
+    """Files, folders and devices that will not do: status 2, one line that names thing and mend."""
+    good = saved_model(tmp_path / "good")
+    for name, content in (("binary", b"\x80\xff\x00"), ("none", b""), ("scalar", b"5"),
+                          ("line", b'{"problem": "a", "answer": "1"}\n\n{"problem":'),
+                          ("array", b"[1, 2"), ("unanswered", b'{"problem": "a", "answer": null}'),
+                          ("deep", b"[" * 10**5), ("file", b"")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    for name in ("untokenized", "unreadable"):
+        saved_model(tmp_path / name)
+    for file in (tmp_path / "untokenized").glob("*token*"):
+        file.unlink()
+    (tmp_path / "unreadable" / "model.safetensors").write_bytes(b"xx")
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv, words in (
+            (["--data", "binary"], "binary: cannot be read"), (["--data", "none"], "no row"),
+            (["--data", "scalar"], "no row"), (["--data", "line"], "line, line 3:"),
+            (["--data", "array"], "array: cannot"), (["--data", "unanswered"], "no row"),
+            (["--data", "deep"], "deep: cannot"), (["--data", "folder"], "folder: cannot"),
+            (["--model", "folder"], "no causal LM"), (["--model", "file"], "no causal LM"),
+            (["--model", "untokenized"], "tokenizer"), (["--model", "unreadable"], "unreadable"),
+            (["--out", "file"], "name a new one"), (["--out", "file/x"], "name a new one"),
+            (["--out", "folder"], "--resume"), (["--device", "cuda"], "--device cuda"),
+            (["--master-device", "cuda"], "--master-device"),
+            (["--ref-device", "cuda"], "--ref-device"), (["--micro-batch-tokens", "0"], "above 0"),
+            (["--buffer", "0"], "--buffer"), (["--eval-top-p", "2"], "--eval-top-p")):
+        assert rm.main((["--model", good] if argv[0] == "--data" else []) + argv) == 2, argv
+        error = capsys.readouterr().err
+        assert error.startswith("reval_min: error: ") and words in error and error.count("\n") == 1
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect\nsecond line")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    for argv in (["--data", "hf://datasets/a/b/c.json", "--model", "good"], ["--model", "a/b"]):
+        assert rm.main(argv) == 2
+        error = capsys.readouterr().err
+        assert "needs no network" in error and error.count("\n") == 1
+
+    def exhausted(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. And so on.")
+    monkeypatch.setattr(rm, "train", exhausted)
+    assert rm.main([]) == 2 and "--micro-batch-tokens" in capsys.readouterr().err
+
+
 def test_settings(capsys):
     """Flags are the fields of Config: all in the help, all read by the code, checked once."""
     with pytest.raises(SystemExit):
@@ -1146,7 +1197,7 @@ def test_resume_is_exact(changes, quick, capsys):
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_after_the_iteration(number, quick, monkeypatch, capsys):
-    """Ctrl-C or SIGTERM: the iteration is finished, kept, and the run goes on exactly from there."""
+    """Ctrl-C or SIGTERM: the iteration is finished and kept; the run goes on exactly from it."""
     whole, parts = quick(steps=4), quick(steps=4)
     rm.train(whole)
     update, calls = rm.update, []
@@ -1292,7 +1343,7 @@ def test_an_ascii_console(quick, monkeypatch):
 
 
 def test_sick_runs_are_told_once(quick, monkeypatch, capsys):
-    """No reward, nothing but reward, cut responses, falling accuracy: each in words, with a mend."""
+    """No reward, nothing but reward, cut responses, falling accuracy: in words, with a mend."""
     def warned(**settings):
         rm.train(quick(steps=7, updates=1, eval_every=1, **settings))
         return re.findall("warning: (.*)", capsys.readouterr().out)
@@ -1597,6 +1648,50 @@ def bench(args):
         print(f"| {cap or 'all'} | {place} | " + " | ".join(cells) + " |", flush=True)
 
 
+# ---- Evidence: python test_reval_min.py faults ---------------------------------------------------
+
+def faults(args):
+    """Kills a short run at random moments, continues it each time, and compares what comes out at
+    its end with a run that nothing disturbed."""
+    out, random = Path(args.out), rm.rng(0, 0, "faults")
+    script = [sys.executable, str(HERE / "reval_min.py")]
+    small = ["--distill-steps", "20", "--steps", "60", "--prompts", "8", "--rollouts", "4",
+             "--updates", "4", "--eval-every", "20", "--eval-problems", "64", "--save-every", "1"]
+    kills = whole = begun = 0
+    while kills < args.kills:
+        begun += 1
+        start = script + small + ["--seed", str(begun)]
+        calm, shaken = out / f"calm{begun}", out / f"shaken{begun}"
+        for folder in (calm, shaken):
+            shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run(start + ["--out", str(calm)], check=True, stdout=subprocess.DEVNULL)
+        command, done = start + ["--out", str(shaken)], False
+        while not done:
+            patience = float(random.uniform(0.05, 1.0)) if kills < args.kills else 600
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True)
+            for line in process.stdout:
+                if line.startswith("step "):  # the head of the log: training begins
+                    break
+            try:
+                _, error = process.communicate(timeout=patience)
+                done = process.returncode == 0
+                if not done:
+                    sys.exit(f"could not go on after kill {kills}: {error}")
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+            if (shaken / "checkpoint.pt").exists():
+                command = script + ["--resume", str(shaken)]
+            else:  # it was killed before its first checkpoint: there is nothing to lose
+                shutil.rmtree(shaken)
+        same_runs(calm, shaken)
+        whole += 1
+        print(f"{kills} kills, all survived; {whole} shaken runs ended as calm ones, to the bit",
+              flush=True)
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description="The evidence behind the README's tables.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1614,6 +1709,10 @@ def main(argv):
     command.add_argument("--blocks", nargs="+", type=int, default=[1024, 4096, 16384],
                          help="block sizes of q_from_logits to try")
     command.set_defaults(run=bench)
+    command = commands.add_parser("faults", help="kills runs and continues them")
+    command.add_argument("--kills", type=int, default=50, help="how many (default 50)")
+    command.add_argument("--out", default="runs/faults", help="folder of the runs")
+    command.set_defaults(run=faults)
     args = parser.parse_args(argv)
     args.run(args)
 
