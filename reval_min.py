@@ -469,6 +469,18 @@ def make_model(seed):
         max_position_embeddings=64, initializer_range=0.1,  # 0.02, the default, suits wide models
         pad_token_id=0, bos_token_id=1, eos_token_id=2)), tokenizer
 
+def devices(cfg):
+    """-> where the model is, its optimizer and the reference; the toy is too small for a GPU."""
+    names = ("device", "master_device", "ref_device")
+    for name in names:
+        if getattr(cfg, name) == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--{name.replace('_', '-')} cuda: PyTorch sees no such GPU; leave the "
+                            "flag out, or take cpu")
+    auto = "cuda" if torch.cuda.is_available() and cfg.preset != "toy" else "cpu"
+    auto = auto if cfg.device == "auto" else cfg.device
+    return [torch.device(auto if getattr(cfg, name) == "auto" else getattr(cfg, name))
+            for name in names]
+
 @torch.no_grad()
 def check_head(model, name):
     """UserError unless logits = hidden @ lm_head.T, on which q_from_logits relies. The head's
@@ -985,7 +997,7 @@ def save_checkpoint(out, progress, model, masters, optimizer, reference, buffer)
              "buffer": buffer.items}
     replace(out / "checkpoint.pt", lambda file: torch.save(state, file))
 
-def load_checkpoint(out, cfg, known, model, masters, optimizer, reference, buffer):
+def load_checkpoint(out, cfg, fingerprint, model, masters, optimizer, reference, buffer):
     """Puts the state of out/checkpoint.pt into these, and cuts the logs back to its step. -> its
     progress. UserError if it is broken or foreign; nothing in it is ever executed."""
     try:
@@ -999,7 +1011,7 @@ def load_checkpoint(out, cfg, known, model, masters, optimizer, reference, buffe
         step = state["progress"]["step"]
         if step > cfg.steps:
             raise ValueError(f"it is at step {step} already; give more --steps than that")
-        if state["progress"]["problems"] != known:
+        if state["progress"]["problems"] != fingerprint:
             raise ValueError("its --data or --eval-data have changed; put them back")
         extra = step % cfg.eval_every > 0 and step < cfg.steps  # an evaluation only an end makes
         for name in ("metrics.jsonl", "eval.jsonl"):
@@ -1020,18 +1032,15 @@ def load_checkpoint(out, cfg, known, model, masters, optimizer, reference, buffe
 
 def save(model, tokenizer, out):
     """Writes out/model, for from_pretrained, under that name only when whole; and curves.png."""
-    part, old = out / "model.part", out / "model.old"
-    for folder in (part, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    part = out / "model.part"
+    shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        if (out / "model").exists():
-            (out / "model").rename(old)
+        shutil.rmtree(out / "model", ignore_errors=True)  # an older one, if the run was resumed
         part.rename(out / "model")
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise UserError(f"{out / 'model'}: cannot be written ({error}); make room, then --resume")
-    shutil.rmtree(old, ignore_errors=True)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1121,14 +1130,7 @@ def train(cfg):
     begin = time.time()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    for name in ("device", "master_device", "ref_device"):
-        if getattr(cfg, name) == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--{name.replace('_', '-')} cuda: PyTorch sees no such GPU; leave the "
-                            "flag out, or take cpu")
-    cuda = torch.cuda.is_available() and cfg.preset != "toy"
-    device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
-    master_device, ref_device = (device if place == "auto" else torch.device(place)
-                                 for place in (cfg.master_device, cfg.ref_device))
+    device, master_device, ref_device = devices(cfg)
     if not cfg.data:
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     problems, held_out = load_problems(cfg)
@@ -1151,14 +1153,14 @@ def train(cfg):
         if device.type == "cuda":
             longest = max((p["problem"] for p in problems), key=len)
             rehearse(model, masters, optimizer, encode_prompt(tokenizer, longest, cfg), cfg)
-    known = zlib.crc32(repr((problems, held_out)).encode("utf-8", "replace"))
+    fingerprint = zlib.crc32(repr((problems, held_out)).encode("utf-8", "replace"))
     if cfg.resume:
-        progress = load_checkpoint(out, cfg, known, *parts)
+        progress = load_checkpoint(out, cfg, fingerprint, *parts)
         write_config(out, cfg)
     else:
         before = evaluate(model, tokenizer, held_out, cfg, 0, out)
         progress = {"step": 0, "tokens": 0, "seconds": 0.0, "elapsed": time.time() - begin,
-                    "before": before, "after": before, "problems": known}
+                    "before": before, "after": before, "problems": fingerprint}
     print(" ".join(key.rjust(width) for key, (width, _) in COLUMNS.items()))
     if not cfg.resume:
         record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before["accuracy"]})

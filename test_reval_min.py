@@ -919,7 +919,7 @@ def test_settings(capsys):
     code = (HERE / "reval_min.py").read_text(encoding="utf-8")
     for f in dataclasses.fields(rm.Config):
         assert "--" + f.name.replace("_", "-") in shown
-        assert re.search(rf"(cfg|self)\.{f.name}\b", code)
+        assert re.search(rf'(cfg|self)\.{f.name}\b|names = .*"{f.name}"', code)
     assert rm.parse_args([]) == rm.Config() and rm.Config().preset == "toy"
     paper = rm.parse_args(["--preset", "r1-distill-1.5b", "--updates", "4"])
     assert (paper.beta, paper.updates, paper.buffer, paper.lr) == (0.002, 4, 5, 1e-6)
