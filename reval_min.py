@@ -20,7 +20,8 @@ residual = log 8 - log 4 + log(1/4 * 1/2) - log(1/4 * 1/4) - 2 = -0.6137, loss =
     python reval_min.py                     the built-in task, on a laptop: 1.5 minutes
     python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it: 1 minute
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
-    python reval_min.py --preset r1-distill-1.5b    the paper's run, not tried: one large GPU
+    python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: not tried
+    python reval_min.py --resume runs/NAME           go on after a stop, to the bit
     python reval_min.py --help                       every setting
 
 Method: "Off-Policy Value-Based Reinforcement Learning for Large Language Models", Wang et al.,
@@ -132,7 +133,7 @@ class Config:
     master_device: str = setting("auto", "auto", "where optimizer, gradient and master weights "
                                  "are, 16 bytes a parameter; auto: --device", PLACES)
     ref_device: str = setting("auto", "auto", "where the reference waits between its turns", PLACES)
-    sampler: str = setting("auto", "auto", "auto: continuous on cuda, else generate",
+    sampler: str = setting("generate", "auto", "auto: continuous on cuda, else generate",
                            ("auto", "generate", "continuous"))
     seed: int = setting(0, 0, "of every random draw", zero=True)
     save_every: int = setting(10, 10, "iterations between checkpoints")
@@ -504,11 +505,12 @@ def load_model(cfg, device):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
             config = transformers.AutoConfig.from_pretrained(cfg.model)
-            for name, value in config.to_dict().items():  # no dropout: what learns must be what
-                if "drop" in name and isinstance(value, float):  # samples
-                    setattr(config, name, 0.0)
+            for name, value in config.to_dict().items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(config, name, 0.0)  # what learns must be what samples
             bfloat16 = cfg.dtype == "bfloat16" or (
-                cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+                cfg.dtype == "auto" and device.type == "cuda"
+                and torch.cuda.is_bf16_supported(including_emulation=False))
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 cfg.model, config=config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
             if cfg.gradient_checkpointing:  # under its new name and its old one

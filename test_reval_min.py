@@ -1367,22 +1367,73 @@ def test_sick_runs_are_told_once(quick, monkeypatch, capsys):
     assert len(told) == 2 and "from 0.500 to 0.300; lower --lr" in told[1]
 
 
-# ---- Evidence: python test_reval_min.py compare --------------------------------------------------
+# ---- Evidence: python test_reval_min.py study NAME -----------------------------------------------
 
-VARIANTS = {  # each at the best learning rate of a sweep by factors of 2 on seeds 100 and 101
-    "reval": dict(),
-    "reval-k8-b1": dict(buffer=1),
-    "reval-k1": dict(updates=1, buffer=1, lr=1e-3),
-    "tbrm": dict(algo="tbrm", lr=7.5e-5),
-    "grpo-k1": dict(algo="grpo", updates=1, lr=1e-3),
-    "grpo-k8": dict(algo="grpo", lr=2e-4),
+LR = {  # the best of a sweep by factors of 2 on seeds 100 and 101, by method and updates K
+    "reval": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 1.5e-4}, "grpo": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4},
+    "tbrm": {8: 7.5e-5}}
+
+
+def method(algo, k, **changes):
+    """Settings of a method with K updates per iteration, at its learning rate."""
+    return dict(algo=algo, updates=k, lr=LR[algo][k]) | changes
+
+
+SHORT = dict(steps=30)  # 3840 rollouts; the reward has stopped rising by then
+REVAL = method("reval", 8)
+STUDIES = {  # name: {variant: settings}
+    "compare": {
+        "reval": REVAL, "reval-k8-b1": REVAL | dict(buffer=1),
+        "reval-k1": method("reval", 1, buffer=1), "tbrm": method("tbrm", 8),
+        "grpo-k1": method("grpo", 1), "grpo-k8": method("grpo", 8)},
+    "replay": {
+        f"{name}, K = {k}": method(algo, k, **changes) | SHORT
+        for name, algo, changes in (("ReVal, replay", "reval", {}), ("ReVal, fresh batch", "reval",
+                                    dict(buffer=1)), ("GRPO, fresh batch", "grpo", {}))
+        for k in (1, 2, 4, 8) if (name, k) != ("ReVal, replay", 1)},
+    "calibration": {
+        f"{name}, {reward}": method(algo, 8) | SHORT | changes | zero
+        for reward, zero in (("no reward", dict(data="NO REWARD")), ("reward", {}))
+        for name, algo, changes in (("ReVal", "reval", {}), ("TBRM", "tbrm", {}),
+                                    ("TBRM, lr 1.5e-4", "tbrm", dict(lr=1.5e-4)),
+                                    ("TBRM, lr 3e-4", "tbrm", dict(lr=3e-4)))},
+    "beta": {
+        f"beta {beta:g}, buffer {buffer}": REVAL | SHORT | dict(beta=beta, buffer=buffer)
+        for buffer in (15, 1) for beta in (0.005, 0.02, 0.05, 0.1, 0.2)},
+    "buffer": {f"buffer {n}": REVAL | SHORT | dict(buffer=n) for n in (1, 2, 5, 15, 30)},
+    "reward": {
+        "raw, K = 8": REVAL | SHORT, "centered, K = 8": REVAL | SHORT | dict(reward="centered"),
+        "centered, K = 8, buffer 1": REVAL | SHORT | dict(reward="centered", buffer=1),
+        "raw, K = 1": method("reval", 1, buffer=1) | SHORT,
+        "centered, K = 1": method("reval", 1, buffer=1, reward="centered") | SHORT,
+        **{f"raw {c:+g}, K = 8 (ours)": REVAL | SHORT | dict(plus=c) for c in (-0.3, 0.3, 1.0)}},
+    "reset": {f"reset {n or 'never'}": REVAL | SHORT | dict(ref_reset=n) for n in (0, 15, 10, 5)},
+    "one-rollout": {
+        "ReVal, 16 x 8, K = 8": REVAL | SHORT, "GRPO, 16 x 8, K = 8": method("grpo", 8) | SHORT,
+        "GRPO, 16 x 8, K = 1": method("grpo", 1) | SHORT,
+        "ReVal, 128 x 1, K = 8": REVAL | SHORT | dict(prompts=128, rollouts=1),
+        "ReVal, 128 x 1, K = 1": method("reval", 1, buffer=1, prompts=128, rollouts=1) | SHORT},
 }
+
+
+def add_constant(plus):
+    """Ours, not the paper's: a constant added to every reward. The best policy stays the same,
+    and V*(s_1) rises by plus / beta."""
+    add_signals = rm.add_signals
+
+    def shifted(trajectories, cfg):
+        add_signals(trajectories, cfg)
+        for t in trajectories:
+            t["signal"] = t["signal"] + plus
+    return shifted
 
 
 def run_cell(out, settings):
     """Trains one cell of a study in its own folder, unless that very cell is there. -> figures"""
+    plus = settings.get("plus", 0)
+    settings = {key: value for key, value in settings.items() if key != "plus"}
     cfg, file = rm.Config(**settings, out=str(out)), out / "result.json"
-    config = dataclasses.asdict(cfg)
+    config = dataclasses.asdict(cfg) | {"plus": plus}
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["config"] == config:
@@ -1390,14 +1441,17 @@ def run_cell(out, settings):
     if out.exists():
         shutil.rmtree(out)  # of other settings, or broken off
     cpu = time.process_time()
-    with open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stdout(sink):
+    with open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stdout(sink), \
+            pytest.MonkeyPatch.context() as patch:
+        if plus:
+            patch.setattr(rm, "add_signals", add_constant(plus))
         result = rm.train(cfg)
     result |= {"cpu_seconds": time.process_time() - cpu, "config": config}
     file.write_text(json.dumps(result), encoding="utf-8")
     return result
 
 
-def run_cells(cells, jobs):
+def run_cells(cells, jobs, run_cell=run_cell):
     """Runs {folder: settings}, some jobs at a time in processes. -> {folder: figures}"""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
@@ -1429,36 +1483,198 @@ def chart(title, lines, step):
     print("```")
 
 
-def compare(args):
-    """Every variant from the same warm starts, at equal rollouts."""
-    out, seeds = Path(args.out), range(args.first_seed, args.first_seed + args.seeds)
-    run_cells({out / f"start-s{s}": dict(steps=0, seed=s) for s in seeds}, args.jobs)
-    rows = {}  # (variant, learning rate): the settings of its cells
-    for name, factor in itertools.product(args.only or VARIANTS, args.lr_factors):
-        settings = VARIANTS[name] | {"lr": factor * VARIANTS[name].get("lr", rm.Config().lr)}
-        rows[name, settings["lr"]] = {out / f"{name}-lr{settings['lr']:g}-s{s}": settings | dict(
-            seed=s, model=str(out / f"start-s{s}" / "model"), eval_every=1000) for s in seeds}
+def held_out_file(out):
+    """The held-out sums of the built-in task, as a file. -> its name"""
+    file = out / "held_out.json"
+    out.mkdir(parents=True, exist_ok=True)
+    rm.replace(file, lambda part: part.write(json.dumps(rm.load_problems(rm.Config())[1]).encode()))
+    return str(file)
+
+
+def no_reward(out):
+    """A file of sums whose answers are wrong, so that nothing is ever rewarded. -> its name"""
+    file = out / "no_reward.json"
+    problems, _ = rm.load_problems(rm.Config())
+    rows = [p | {"answer": "-1"} for p in {p["problem"]: p for p in problems}.values()]
+    rm.replace(file, lambda part: part.write(json.dumps(rows).encode()))
+    return str(file)
+
+
+def name_of(settings):
+    """A folder's name for a cell: what differs from the defaults, so that studies share cells."""
+    plain, silent = rm.Config(), ("model", "eval_data", "eval_every", "save_every", "preset")
+    return ",".join(f"{key}={Path(value).stem if key == 'data' else value}"
+                    for key, value in sorted(settings.items())
+                    if key not in silent and value != getattr(plain, key, None)) or "default"
+
+
+def study(args):
+    """Every variant of a study from the same warm starts, at equal rollouts."""
+    if args.name == "one-prompt":
+        return one_prompt(args)
+    variants, out = STUDIES[args.name], Path(args.out)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    starts = {s: out / f"start-s{s}" for s in seeds}
+    run_cells({starts[s]: dict(steps=0, seed=s) for s in seeds}, args.jobs)
+    rows = {}  # (variant, learning rate): its cells
+    for name, factor in itertools.product(args.only or variants, args.lr_factors):
+        settings = variants[name] | {"lr": factor * variants[name]["lr"], "eval_every": 1000,
+                                     "save_every": 1000}
+        if "data" in settings:
+            settings |= {"data": no_reward(out), "eval_data": held_out_file(out), "preset": "toy"}
+        rows[name, settings["lr"]] = {
+            out / f"{name_of(settings)},seed={s}": settings | dict(
+                seed=s, model=str(starts[s] / "model")) for s in seeds}
     results = run_cells({k: v for cells in rows.values() for k, v in cells.items()}, args.jobs)
-    head = ("variant", "lr", "before", "after", "mean reward", "last 10", "rollouts to .7", "cpu s")
+    head = ("variant", "lr", "before", "after", "mean reward", "last 10", "rollouts to .7",
+            "updates to .7", "cost to .7", "KL", "cpu s")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     lines = []
     for (name, lr), cells in rows.items():
-        runs = [results[folder] for folder in cells]
-        metrics = [rows_of(folder) for folder in cells]
+        runs, metrics = [results[folder] for folder in cells], [rows_of(folder) for folder in cells]
         rewards = [[row["reward"] for row in run[1:]] for run in metrics]
+        needed, k = [rollouts_to(run, 0.7) for run in metrics], metrics[0][1]["updates"]
         columns = {"": [
             [r["accuracy_before"] for r in runs], [r["accuracy_after"] for r in runs],
-            [fmean(x) for x in rewards], [fmean(x[-10:]) for x in rewards],
-            [rollouts_to(run, 0.7) for run in metrics],
-            [r["cpu_seconds"] for r in runs]]}
+            [fmean(x) for x in rewards], [fmean(x[-10:]) for x in rewards], needed,
+            [n and n // 128 * k for n in needed],
+            [n and n // 128 * (36.8 + 2.8 * k) / 60 for n in needed],  # the paper's unit costs
+            [run[-1]["kl"] for run in metrics], [r["cpu_seconds"] for r in runs]]}
         if args.each:
             columns = {f", seed {s}": [[column[i]] for column in columns[""]]
                        for i, s in enumerate(seeds)} | columns
-        for label, (*shares, needed, cpu) in columns.items():
+        for label, (*shares, needed, updates, cost, kl, cpu) in columns.items():
             print(f"| {name}{label} | {lr:g} | " + " | ".join(map(spread, shares))
-                  + f" | {spread(needed, '.0f')} | {fmean(cpu):.0f} |")
+                  + f" | {spread(needed, '.0f')} | {spread(updates, '.0f')} | "
+                  f"{spread(cost, '.1f')} | {spread(kl, '.2f')} | {fmean(cpu):.0f} |")
         lines.append([fmean(x) for x in zip(*rewards)][:20])
-    chart("reward, mean of the seeds: " + ", ".join(name for name, _ in rows), lines, 128)
+    if args.chart:
+        chart("reward, mean of the seeds: " + ", ".join(name for name, _ in rows), lines, 128)
+
+
+ONE_PROMPT = {f"{algo}, K = {k}": dict(algo=algo.lower(), updates=k, lr=3e-4) for algo, k in (
+    ("GRPO", 1), ("GRPO", 8), ("ReVal", 1), ("ReVal", 2), ("ReVal", 4), ("ReVal", 8))}
+DIFFICULTIES = {"hard": 0.10, "medium": 0.40, "easy": 0.68}  # base success, as in the paper
+
+
+def load_start(start):
+    model, tokenizer = rm.load_model(rm.Config(model=str(start)), torch.device("cpu"))
+    return model, tokenizer, rm.Config()
+
+
+def success(start, problems, n, purpose):
+    """-> the share of right answers among n to each problem."""
+    model, tokenizer, cfg = load_start(start)
+    asked = [p for p in problems for _ in range(n)]
+    rewards = [t["reward"] for t in rm.rollout(model, tokenizer, asked, cfg, 0, purpose)]
+    return [fmean(rewards[i:i + n]) for i in range(0, len(rewards), n)]
+
+
+def screen(out):
+    """A start with more written work than the default one, as it has easy problems too, and three
+    problems of each difficulty. They are chosen from 500 by 64 answers to each, then from the 15
+    nearest by 256 other answers."""
+    file, start = out / "problems.json", out / "start"
+    if not file.exists():
+        with pytest.MonkeyPatch.context() as patch, \
+                open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stdout(sink):
+            patch.setattr(rm, "WRITTEN_SHARE", 0.4)
+            shutil.rmtree(start, ignore_errors=True)
+            rm.train(rm.Config(steps=0, out=str(start)))
+        problems = rm.load_problems(rm.Config())[0][:500]
+        first, chosen = success(start / "model", problems, 64, "screening"), {}
+        for name, level in DIFFICULTIES.items():
+            near = sorted(range(len(problems)), key=lambda i: abs(first[i] - level))[:15]
+            again = success(start / "model", [problems[i] for i in near], 256, "again")
+            best = sorted(range(15), key=lambda j: abs(again[j] - level))[:3]
+            chosen[name] = [problems[near[j]] | {"base": again[j]} for j in best]
+        rm.replace(file, lambda part: part.write(json.dumps(chosen).encode()))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+class Reached(Exception):
+    """The success looked for, or the last round."""
+
+
+def one_prompt_cell(out, settings):
+    """Trains on one problem until 0.95 of 64 fresh answers are right. -> {"rounds": collection
+    rounds or None, "others": (before, after) held-out accuracy of 256 other problems}"""
+    file = out / "result.json"
+    if file.exists() and (known := json.loads(file.read_text(encoding="utf-8")))[
+            "config"] == settings:
+        return known
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    problem, plain, evaluate = settings["problem"], rm.Config(), rm.evaluate
+    rm.replace(out / "problem.json", lambda part: part.write(json.dumps([problem]).encode()))
+    changes = {key: value for key, value in settings.items() if key != "problem"}
+    cfg = rm.Config(preset="toy", data=str(out / "problem.json"), eval_data=str(
+        out / "problem.json"), prompts=1, rollouts=8, eval_every=1, eval_samples=64, warmup=2,
+        half_life=0, save_every=1000, out=str(out / "run"), **changes)
+    others, seen = rm.load_problems(plain)[1][:256], []
+
+    def watched(model, tokenizer, problems, cfg, step, folder):
+        figures = evaluate(model, tokenizer, problems, cfg, step, folder)
+        if step in (0, cfg.steps) or figures["accuracy"] >= 0.95:
+            seen.append(fmean(t["reward"] for t in rm.rollout(
+                model, tokenizer, others, plain, 0, "others")))
+            if step:
+                raise Reached(step if figures["accuracy"] >= 0.95 else None)
+        return figures
+    with open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stdout(sink), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm, "evaluate", watched)
+        try:
+            rm.train(cfg)
+        except Reached as reached:
+            rounds, = reached.args
+    result = {"rounds": rounds, "others": seen, "config": settings}
+    rm.replace(file, lambda part: part.write(json.dumps(result).encode()))
+    return result
+
+
+def one_prompt(args):
+    """The paper's Figures 2 and 3: collection rounds of 8 responses until one problem is solved."""
+    out, limit = Path(args.out) / "one-prompt", 60
+    chosen = screen(out)
+    head = ("method", "lr", *(f"rounds, {name}" for name in DIFFICULTIES), "never", "speed-up over "
+            "GRPO, K = 1", "over GRPO, K = 8", "others before", "others after")
+    cells = {}
+    for name, factor in itertools.product(args.only or ONE_PROMPT, args.lr_factors):
+        settings = ONE_PROMPT[name] | {"lr": ONE_PROMPT[name]["lr"] * factor, "steps": limit,
+                                       "model": str(out / "start" / "model")}
+        for difficulty, problems in chosen.items():
+            for problem in problems:
+                for seed in range(args.first_seed, args.first_seed + args.seeds):
+                    cell = (f"{name.replace(' ', '')}-lr{settings['lr']:g}-{difficulty}-"
+                            f"{problem['problem'].strip('=?')}-s{seed}")
+                    cells[name, settings["lr"], difficulty, problem["problem"], seed] = (
+                        out / cell, settings | dict(seed=seed, problem=problem))
+    found = run_cells(dict(cells.values()), args.jobs, one_prompt_cell)
+    results = {key: found[folder] for key, (folder, _) in cells.items()}
+    print("base success, re-measured: " + "; ".join(
+        name + " " + ", ".join(f"{p['base']:.2f}" for p in problems)
+        for name, problems in chosen.items()))
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    rounds = {}  # (method, lr): {difficulty: rounds}, one that was never reached as the limit
+    for (name, lr, difficulty, *_), result in results.items():
+        rounds.setdefault((name, lr), {}).setdefault(difficulty, []).append(
+            result["rounds"] or limit)
+    def speed_up(found, base):
+        return "-" if base is None else ", ".join(f"{fmean(base[d]) / fmean(found[d]):.1f}"
+                                                  for d in DIFFICULTIES)
+    for (name, lr), found in rounds.items():
+        runs = [r for key, r in results.items() if key[:2] == (name, lr)]
+        never = sum(r["rounds"] is None for r in runs)
+        print(f"| {name} | {lr:g} | " + " | ".join(spread(found[d], ".1f") for d in DIFFICULTIES)
+              + f" | {never} of {len(runs)} | " + " | ".join(
+                  speed_up(found, rounds.get((base, lr))) for base in ("GRPO, K = 1", "GRPO, K = 8"))
+              + " | " + " | ".join(spread([r["others"][i] for r in runs]) for i in (0, -1)) + " |")
+    if len(args.lr_factors) > 1:
+        best = {name: min((fmean(map(fmean, found.values())), lr) for (other, lr), found
+                          in rounds.items() if other == name) for name, _ in rounds}
+        print("best learning rates: " + "; ".join(f"{name} {lr:g}, {mean:.1f} rounds"
+                                                  for name, (mean, lr) in best.items()))
 
 
 # ---- Evidence: python test_reval_min.py bench ----------------------------------------------------
@@ -1695,16 +1911,18 @@ def faults(args):
 def main(argv):
     parser = argparse.ArgumentParser(description="The evidence behind the README's tables.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("compare", help="ReVal, TBRM and GRPO at equal rollouts")
-    command.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    command = commands.add_parser("study", help="comparisons and ablations, table by table")
+    command.add_argument("name", choices=[*STUDIES, "one-prompt"])
+    command.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
     command.add_argument("--first-seed", type=int, default=0, help="(default 0)")
-    command.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants alone")
+    command.add_argument("--only", nargs="+", help="these variants alone")
     command.add_argument("--lr-factors", nargs="+", type=float, default=[1.0],
                          help="multiples of each variant's learning rate (default 1)")
     command.add_argument("--each", action="store_true", help="a row for every seed as well")
+    command.add_argument("--chart", action="store_true", help="the rewards, as a mermaid picture")
     command.add_argument("--jobs", type=int, default=1, help="processes side by side (default 1)")
-    command.add_argument("--out", default="runs/compare", help="finished runs are kept here")
-    command.set_defaults(run=compare)
+    command.add_argument("--out", default="runs/study", help="finished runs are kept here")
+    command.set_defaults(run=study)
     command = commands.add_parser("bench", help="speed and memory of the parts")
     command.add_argument("--blocks", nargs="+", type=int, default=[1024, 4096, 16384],
                          help="block sizes of q_from_logits to try")
@@ -1714,6 +1932,7 @@ def main(argv):
     command.add_argument("--out", default="runs/faults", help="folder of the runs")
     command.set_defaults(run=faults)
     args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     args.run(args)
 
 
