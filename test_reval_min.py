@@ -1141,6 +1141,49 @@ def test_bench_runs():
     assert len(bench_step("cpu", None, "cpu", n=8, T=16, **small)) == 6
 
 
+def test_studies_run(tmp_path, monkeypatch, capsys):
+    """A study's table from its cells; a second call takes them from the disk. The cells without
+    reward have none, those of ours a constant more."""
+    tiny = dict(lr=1e-4, steps=1, prompts=2, rollouts=2, updates=2, eval_problems=8)
+    monkeypatch.setitem(STUDIES, "beta", {
+        "plain": tiny, "none": tiny | dict(data="NO REWARD"), "ours": tiny | dict(plus=0.5)})
+    config = dataclasses.replace(rm.Config(), distill_steps=3, eval_problems=8)
+    monkeypatch.setattr(rm, "Config", lambda **changes: dataclasses.replace(config, **changes))
+    monkeypatch.setattr(sys.modules[__name__], "run_cells", lambda cells, jobs, run=run_cell: {
+        out: run(out, settings) for out, settings in cells.items()})
+    signals, gradient = [], rm.gradient
+
+    def watched(model, masters, batch, cfg):
+        signals.append({t["signal"].item() - t["reward"] for t in batch})
+        return gradient(model, masters, batch, cfg)
+    monkeypatch.setattr(rm, "gradient", watched)
+    argv = ["study", "beta", "--seeds", "2", "--out", str(tmp_path), "--chart"]
+    main(argv)
+    first = capsys.readouterr().out
+    assert len([line for line in first.splitlines() if line[:2] == "| "]) == 4
+    assert len(signals) == 12 and signals[:8] == [{0.0}] * 8 and signals[8:] == [{0.5}] * 4
+    main(argv)
+    assert capsys.readouterr().out == first and len(signals) == 12
+    rewards = [t["answer"] for t in json.loads((tmp_path / "no_reward.json").read_text())]
+    assert set(rewards) == {"-1"}
+
+
+def test_one_prompt_cell(start, tmp_path):
+    """It ends when the problem is solved or the rounds are over, and is not run twice."""
+    problem = {"problem": "12+34+56=?", "answer": "102", "base": 0.1}
+    settings = dict(algo="reval", updates=2, lr=1e-4, steps=2, seed=0, problem=problem,
+                    model=str(start / "model"))
+    result = one_prompt_cell(tmp_path / "cell", settings)
+    assert result["rounds"] is None and len(result["others"]) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm, "train", None)
+        assert one_prompt_cell(tmp_path / "cell", settings) == result
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm, "is_correct", lambda text, gold: True)
+        solved = one_prompt_cell(tmp_path / "other", settings)
+    assert solved["rounds"] == 1
+
+
 def test_the_file_itself():
     """Importing it does nothing, its lines fit, the docstring's commands parse."""
     code = (HERE / "reval_min.py").read_text(encoding="utf-8")
@@ -1526,17 +1569,19 @@ def study(args):
             out / f"{name_of(settings)},seed={s}": settings | dict(
                 seed=s, model=str(starts[s] / "model")) for s in seeds}
     results = run_cells({k: v for cells in rows.values() for k, v in cells.items()}, args.jobs)
-    head = ("variant", "lr", "before", "after", "mean reward", "last 10", "rollouts to .7",
-            "updates to .7", "cost to .7", "KL", "cpu s")
+    head = ("variant", "lr", "before", "after", "mean reward", "less the first's", "last 10",
+            "rollouts to .7", "updates to .7", "cost to .7", "KL", "cpu s")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    lines = []
+    lines, first = [], None
     for (name, lr), cells in rows.items():
         runs, metrics = [results[folder] for folder in cells], [rows_of(folder) for folder in cells]
         rewards = [[row["reward"] for row in run[1:]] for run in metrics]
+        means = [fmean(x) for x in rewards]
+        first = first or means  # seed by seed, as the seeds share their start
         needed, k = [rollouts_to(run, 0.7) for run in metrics], metrics[0][1]["updates"]
         columns = {"": [
             [r["accuracy_before"] for r in runs], [r["accuracy_after"] for r in runs],
-            [fmean(x) for x in rewards], [fmean(x[-10:]) for x in rewards], needed,
+            means, [a - b for a, b in zip(means, first)], [fmean(x[-10:]) for x in rewards], needed,
             [n and n // 128 * k for n in needed],
             [n and n // 128 * (36.8 + 2.8 * k) / 60 for n in needed],  # the paper's unit costs
             [run[-1]["kl"] for run in metrics], [r["cpu_seconds"] for r in runs]]}
