@@ -1,7 +1,8 @@
 """Tests and evidence for reval_min.py.
 
     python -m pytest -q                      the tests: no network, no GPU, under two minutes of CPU
-    python test_reval_min.py compare         ReVal against TBRM and GRPO from the same warm starts
+    python test_reval_min.py study NAME      a table of the README: one-prompt, replay, calibration,
+                                             beta, buffer, reward, reset, one-rollout, compare
     python test_reval_min.py bench           speed and memory of the parts
     python test_reval_min.py faults          50 kills of running programs, and what is lost by them
 
@@ -1447,6 +1448,8 @@ STUDIES = {  # name: {variant: settings}
     "reward": {
         "raw, K = 8": REVAL | SHORT, "centered, K = 8": REVAL | SHORT | dict(reward="centered"),
         "centered, K = 8, buffer 1": REVAL | SHORT | dict(reward="centered", buffer=1),
+        **{f"centered, K = 8, reset {n}": REVAL | SHORT | dict(reward="centered", ref_reset=n)
+           for n in (10, 5, 2)},
         "raw, K = 1": method("reval", 1, buffer=1) | SHORT,
         "centered, K = 1": method("reval", 1, buffer=1, reward="centered") | SHORT,
         **{f"raw {c:+g}, K = 8 (ours)": REVAL | SHORT | dict(plus=c) for c in (-0.3, 0.3, 1.0)}},
