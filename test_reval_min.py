@@ -1716,7 +1716,7 @@ def one_prompt(args):
         never = sum(r["rounds"] is None for r in runs)
         print(f"| {name} | {lr:g} | " + " | ".join(spread(found[d], ".1f") for d in DIFFICULTIES)
               + f" | {never} of {len(runs)} | " + " | ".join(
-                  speed_up(found, rounds.get((base, lr))) for base in ("GRPO, K = 1", "GRPO, K = 8"))
+                  speed_up(found, rounds.get((f"GRPO, K = {k}", lr))) for k in (1, 8))
               + " | " + " | ".join(spread([r["others"][i] for r in runs]) for i in (0, -1)) + " |")
     if len(args.lr_factors) > 1:
         best = {name: min((fmean(map(fmean, found.values())), lr) for (other, lr), found
