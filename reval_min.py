@@ -1,61 +1,45 @@
 #!/usr/bin/env python3
 r"""reval_min: ReVal, value-based reinforcement learning for language models, in one file.
 
-A language model already is a value function. Read its logit for token a after text s as a soft
-Q-value, Q(s, a). Then V(s) = log sum_a exp Q(s, a) is the value of the text, softmax(Q(s, .)) is
-the policy, and Q(s, a) - V(s) = log pi(a|s). Training makes Q obey a Bellman equation, and that
-can be checked on *any* response, whoever wrote it: so old responses are used again, from a replay
-buffer, without importance weights. For one response of H tokens,
+A language model already is a value function. Read the logit that it gives to token a after text s
+as a soft Q-value, Q(s, a). Then V(s) = log sum_a exp Q(s, a) is the value of the text, and
+softmax(Q(s, .)) is the policy, with log pi(a|s) = Q(s, a) - V(s). Training makes Q obey a Bellman
+equation. Whether it does can be checked on *any* response, whoever wrote it: so old responses are
+used again, from a replay buffer, without importance weights.
 
-    residual = V(s_1) - V_ref(s_1) + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - r / beta
-    loss     = beta / 2 * mean over responses of residual^2                               eq. (2)
-
-where r is 1 if the final answer is right, else 0, and "ref" is the model before training.
-
-By hand: 3 words, a response of 2 tokens, r = 1, beta = 0.5. The model's exp(logits) are (1, 2, 5)
-and then (4, 2, 2), the reference's (1, 1, 2) twice; token 1 is taken, then token 0. So V is log 8
-twice, V_ref log 4 twice, pi 1/4 and 1/2, pi_ref 1/4 twice, and
-residual = log 8 - log 4 + log(1/4 * 1/2) - log(1/4 * 1/4) - 2 = -0.6137, loss = 0.0942.
-
-    python reval_min.py                     the built-in task, on a laptop: 1.5 minutes
-    python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it: 1 minute
+    python reval_min.py                     the built-in task, on a laptop: about a minute
+    python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
     python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: not tried
-    python reval_min.py --resume runs/NAME           go on after a stop, to the bit
-    python reval_min.py --help                       every setting
+    python reval_min.py --resume runs/NAME          go on after a stop; --help: every setting
+
+The file is read from top to bottom, and can be left after each part:
+  Part I    the method: Q and V, the Bellman target, the loss, the replay buffer
+  Part II   what it learns from: problems, the answer checker, the model and its rollouts
+  Part III  a run: settings, one update, evaluation and record, the training loop
 
 Method: "Off-Policy Value-Based Reinforcement Learning for Large Language Models", Wang et al.,
-arXiv 2603.23355, published without code. Where this file differs from it or had to choose:
- 1. The loss has a factor beta/2: at the start its gradient is then REINFORCE's (section 9).
- 2. The paper's text once has V_theta where its operator and eq. (2) have V_ref: V_ref it is.
- 3. Nothing is detached; gradients flow through V(s_1) and every log pi. The paper does not say.
- 4. Update 1 of an iteration uses the fresh batch, updates 2..K draw uniformly from the buffer,
-    which already holds the fresh batch.
- 5. AdamW (0.9, 0.95), no weight decay, gradient norm clipped to 1. The paper does not say.
- 6. A response cut at the length limit counts as finished: V = 0 after it, and reward 0.
- 7. Reward 0/1 and no reference reset unless asked. A reset recomputes the buffer's cached values.
+arXiv 2603.23355, published without code. Equation numbers are the paper's. Where this file differs
+from it, or had to choose, it says so; README.md has the list.
 """
-import argparse
-import ast
+
 import copy
 import dataclasses
-import functools
-import itertools
 import json
 import math
 import operator
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
+import textwrap
 import time
 import unicodedata
 import zlib
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -66,481 +50,40 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+# ==================================================================================================
+# PART I: THE METHOD
+# Nothing but torch, and numpy to draw lots. Three words: a *response* is what the model writes
+# after a prompt, up to its end-of-sequence token (EOS); to sample one is a *rollout*; a prompt, its
+# response and what is known of them, the reward above all, are a *trajectory*.
+# ==================================================================================================
 
-class UserError(Exception):
-    """A user's mistake, told in one line that says how to mend it."""
-
-def rng(seed, step, purpose):
-    """A numpy generator for one purpose at one step. Every random draw comes from such a one: an
-    evaluation more cannot shift the training after it, and no generator's state is ever saved."""
-    return np.random.default_rng([seed, step, zlib.crc32(purpose.encode())])
-
-def progress(items, what):
-    """Goes through items with a progress bar, if it takes more than 2 s and a person is looking."""
-    return tqdm(items, what, disable=None, leave=False, delay=2)
-
-
-# ---- 1. Settings ---------------------------------------------------------------------------------
-# One dataclass gives flags, defaults, help and validation. A row's first two values are the two
-# presets': the laptop's toy run, and the paper's run of a 1.5B model.
-
-PRESETS = ("toy", "r1-distill-1.5b")
-PLACES = ("auto", "cpu", "cuda")
-
-def setting(toy, paper, text, choices=None, zero=False):
-    """A field of Config: its values in the two presets, its help, choices, and may it be zero?"""
-    return dataclasses.field(default=None, metadata={
-        "values": (toy, paper), "help": text, "choices": choices, "zero": zero})
-
-@dataclasses.dataclass
-class Config:
-    """All settings of a run. None means: the preset's value. UserError if one is impossible."""
-
-    preset: str = setting(None, None, "default: toy, with a data file the other", PRESETS)
-    algo: str = setting("reval", "reval", "the loss", ("reval", "tbrm", "grpo"))
-    model: str = setting(None, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-                         "folder or hub id of a causal LM; toy: none, a tiny one is made")
-    data: str = setting(
-        None, "hf://datasets/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json",
-        "JSON or JSONL file, or hf://datasets/ORG/NAME/FILE; toy: none, its sums")
-    eval_data: str = setting(None, None, "the same, to evaluate on; none: a part of --data")
-    prompt: str = setting("{problem}", "{problem} Let's think step by step and output the final "
-                          "answer within \\boxed{}.", "text around {problem}")
-    raw_prompt: bool = setting(True, False, "do without the tokenizer's chat template")
-    steps: int = setting(50, 650, "iterations; 0 only evaluates", zero=True)
-    prompts: int = setting(16, 128, "problems per iteration")
-    rollouts: int = setting(8, 8, "responses per problem")
-    updates: int = setting(8, 2, "gradient steps per iteration: K")
-    buffer: int = setting(15, 5, "replay buffer, in batches of prompts x rollouts")
-    beta: float = setting(0.05, 0.002, "price, in reward, of one nat of KL from the reference")
-    lr: float = setting(1.5e-4, 1e-6, "learning rate")
-    warmup: int = setting(5, 0, "iterations over which the learning rate rises", zero=True)
-    half_life: int = setting(15, 0, "iterations in which it halves; 0: never", zero=True)
-    reward: str = setting("raw", "raw", "0/1, or less its group's mean", ("raw", "centered"))
-    ref_reset: int = setting(0, 0, "iterations between resets of the reference; 0: none", zero=True)
-    max_new_tokens: int = setting(28, 8192, "longest response")
-    micro_batch_tokens: int = setting(16384, 16384, "most tokens of one forward and backward pass")
-    gradient_checkpointing: bool = setting(False, True, "save memory: activations made twice")
-    distill_steps: int = setting(1600, 0, "warm-start steps of the tiny model", zero=True)
-    eval_every: int = setting(10, 50, "iterations between evaluations and printed samples")
-    eval_problems: int = setting(1024, 500, "held-out problems")
-    eval_samples: int = setting(1, 1, "responses to each: n in avg@n")
-    eval_temperature: float = setting(1.0, 0.6, "of these; 0: greedy", zero=True)
-    eval_top_p: float = setting(1.0, 0.95, "of these: sample from the likeliest, to this mass")
-    device: str = setting("auto", "auto", "mps is untested", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("float32", "auto", "of the weights that sample and learn; auto: bfloat16 "
-                         "on a GPU that has it", ("auto", "float32", "bfloat16"))
-    master_device: str = setting("auto", "auto", "where optimizer, gradient and master weights "
-                                 "are, 16 bytes a parameter; auto: --device", PLACES)
-    ref_device: str = setting("auto", "auto", "where the reference waits between its turns", PLACES)
-    sampler: str = setting("generate", "auto", "auto: continuous on cuda, else generate",
-                           ("auto", "generate", "continuous"))
-    seed: int = setting(0, 0, "of every random draw", zero=True)
-    save_every: int = setting(10, 10, "iterations between checkpoints")
-    out: str = setting(None, None, "a new folder for the run; none: one under runs/")
-    resume: str = setting(None, None, "folder of a run to continue, with its settings")
-
-    def __post_init__(self):
-        self.preset = self.preset or PRESETS[bool(self.data or self.eval_data)]
-        for f in dataclasses.fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata["values"][self.preset == PRESETS[1]])
-            value, choices, zero = getattr(self, f.name), f.metadata["choices"], f.metadata["zero"]
-            flag = f"--{f.name.replace('_', '-')} {value}"
-            if choices and value not in choices:
-                raise UserError(f"{flag}: choose from {', '.join(choices)}")
-            if f.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-                raise UserError(f"{flag}: give a number {'of at least' if zero else 'above'} 0")
-        if self.eval_top_p > 1:
-            raise UserError(f"--eval-top-p {self.eval_top_p}: a share of the mass is at most 1")
-        if self.rollouts == 1 and (self.reward == "centered" or self.algo == "grpo"):
-            raise UserError("--rollouts 1: a group of one has no mean to compare with; take more")
-        if (self.data or self.eval_data) and not self.model:
-            raise UserError("--data needs --model: the tiny model reads nothing but sums")
-        if "{problem}" not in self.prompt:
-            raise UserError("--prompt: write {problem} where the problem goes")
-
-RESUMABLE = {"resume", "steps", "save_every", "device", "master_device", "ref_device", "sampler",
-             "micro_batch_tokens", "gradient_checkpointing"}
-
-def parse_args(argv):
-    """The command line as a Config: every field is a flag. With --resume the other settings are
-    those of the run, and only how long, where and in what pieces it goes on may be said anew."""
-    parser = argparse.ArgumentParser("reval_min", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
-
-    def refuse(message):
-        raise UserError(f"{message}; see --help")
-    parser.error = refuse
-    for f in dataclasses.fields(Config):
-        (toy, paper), choices = f.metadata["values"], f.metadata["choices"] or ()
-        values = f" (toy: {toy}, paper: {paper})" if toy != paper else f" (default: {toy})"
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        text = f.metadata["help"] + values * (toy is not None) + f" {'|'.join(choices)}"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **how)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    if "resume" in given:
-        if fixed := sorted(given.keys() - RESUMABLE):
-            raise UserError(f"--{fixed[0].replace('_', '-')} cannot change beside --resume; leave "
-                            "it out, or begin a new run with --model")
-        try:
-            file = Path(given["resume"], "config.json")
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            given = {f.name: kept[f.name] for f in dataclasses.fields(Config)} | given
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"--resume {given['resume']}: no run of this program ({error})")
-    return Config(**given)
+# ---- 1. Q and V ----------------------------------------------------------------------------------
+# The state s is the text so far, the action a the next token, one of A in the vocabulary. The model
+# turns each state into a hidden vector, and its last matrix, the LM head, turns that into A logits.
+# Usually one only takes their softmax. ReVal reads them as they are:
+#
+#     Q(s, a) = logit of a after s           what token a is worth
+#     V(s)    = log sum_a exp Q(s, a)        what the text s is worth
+#     pi(a|s) = exp(Q(s, a) - V(s))          the policy: the softmax, as ever
+#
+# Why this V? Who may choose a token, and is paid its Q-value plus the entropy of the choice, does
+# best with pi, and gets V on average: logsumexp is the maximum, made soft. All three are in nats,
+# the unit of natural logarithms. Shapes: N states, D hidden size, A actions.
 
 
-# ---- 2. The answer checker -----------------------------------------------------------------------
-# It is the reward: what it gets wrong, the model will learn. So it is a rule anyone can read, and
-# in doubt it says no: an answer that was only thought, was cut, hedges, negates or lists others is
-# wrong. Units, currency and "x =" may be missing, but not differ. Numbers compare exactly. Extract,
-# normalize, parse, compare: each step takes time linear in the text, and none ever raises.
-
-def extract_answer(response):
-    r"""The final answer of a response, as text, or None. Only what follows </think> counts. There:
-    the last \boxed{...}; else the last <answer> tag; else the line after the last ####; else
-    the line after the last "answer is" or "answer:"."""
-    text = response.rpartition("</think>")[2]
-    if "<think>" in text:  # a thought that does not end concludes nothing
-        return None
-    boxes = [m.end() for m in re.finditer(r"\\boxed\s*\{", text)]
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, boxes[-1]) if boxes else ():
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # \{ and \} do not nest
-        if depth == 0:
-            before, after = text[:boxes[-1]][-60:], text[brace.end():][:20]
-            hedged = (re.search(r"(n't|\bnot|\bor)\b[\s$}({\\]*\\boxed\s*\{$", before)
-                      or re.match(r"[\s$]*(\\text\s*\{)?\s*or\b", after))
-            return None if hedged else text[boxes[-1]:brace.start()].strip() or None
-    tag, tail = text.rpartition("</answer>")[0].rpartition("<answer>")[1:]
-    if boxes or tag:  # a box that is here was cut
-        return None if boxes else tail.strip() or None
-    for mark in ("####", r"(?i:\banswer\b(?:\W*(?:is|are|was)\b|[\s*]*[:=]))"):
-        parts = re.split(mark, text)
-        if len(parts) > 1:
-            line = parts[-1].lstrip(" \t\n:*").partition("\n")[0]
-            return re.split(r"[.!]\s|,?\s(?:because|since|which)\b", line + " ")[0].strip() or None
-    return None
-
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "²": "^2", "³": "^3",
-    "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "°": r"\circ "})
-REWRITES = [(re.compile(pattern), new) for pattern, new in (  # in this order
-    (r"\{,\}|,\\!", ","), (r"\\\\", ";"), ("&", ","),  # 1{,}234; rows and cells of a matrix
-    (r"[\s~]+|\\ ", " "), (r"(?:\\left ?)?[\[(]? ?\\begin\{(?:array\}\{[^{}]*|\w*matrix)\}", "⟦"),
-    (r"\\end\{(?:array|\w*matrix)\} ?(?:\\right ?)?[\])]?", "⟧"),  # all matrices alike
-    (r"\\[,!;:>()\[\]]|\\q?quad(?![a-z])|\\(?:left|right|[bB]igg?[lr]?|displaystyle)\b", " "),
-    (r"\\\$|[$€£¥`]|\*\*(?=[\s.,;:!]|$)|^\*\*", ""),  # currency and bold type
-    (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
-    (r"\\[dt]frac", r"\\frac"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\*", "^"),
-    (r"\\lt(?![a-z])", "<"), (r"\\leq?(?:slant)?(?![a-z])", "<="),
-    (r"\\gt(?![a-z])", ">"), (r"\\geq?(?:slant)?(?![a-z])", ">="),
-    (r"\.(\d*)(?:\\overline\{|\()(\d+)[})]", lambda m: f".{m[1]}{m[2] * 40:.40}"),  # 0.1(6)
-    (r"\\%| ?\bpercent(?:age)?\b", "%"), (r"\^?\{?\\(?:circ|degree)\b ?\}?", " degrees "),
-    (r"\\\{", "⦃"), (r"\\\}", "⦄"),  # the braces of a set; plain ones only group
-    (r"\\sqrt ?(\w)", r"\\sqrt{\1}"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
-    (r"(\d) ?\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),  # 1\frac12 is a mixed number
-    (r"(?<![\^/])\\frac\{(-?[\w.]+)\}\{([\d.]+|\w)\}(?!\d)", r"\1/\2"),
-    (r"_\{(\w+)\}", r"_\1"), (r"\^\{(-?\d+|\w)\}(?!\d)", r"^\1"),  # but x^{2y} is not x^2y
-    (r"(\d), +(?=\d{3}\b)", r"\1;"), (" +", " "), (r"(?<!\w) | (?!\w)", ""))]  # 1, 234 is a list
-
-def normalize(text):
-    """An answer without its typesetting, and in one spelling where there are several."""
-    if not text.isascii():
-        text = re.sub(r"([¼-¾⅐-⅞])", r" \1", text).translate(UNICODE)  # 1½ is 1 1/2
-        text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
-        text = re.sub(r"\d", lambda digit: str(unicodedata.digit(digit[0])), text)
-    for pattern, new in REWRITES:
-        text = pattern.sub(new, text)
-    text = re.sub(r"^\{+([^{}]*)\}+$", r"\1", text.rstrip(" .,;:\\"))
-    if ">" in text and "<" not in text:  # x > 5 is 5 < x
-        text = "".join(re.split("(>=?)", text)[::-1]).replace(">", "<")
-    return re.sub(r"^([^<]+)<(=?)[^<=]+<(=?)([^<=]+)$", lambda m: (  # 1 < x <= 2 is (1,2]
-        "(["[m[2] == "="] + f"{m[1]},{m[4]}" + ")]"[m[3] == "="]), text)
-
-FORMULA = [(re.compile(pattern), new) for pattern, new in (  # LaTeX as an expression, in this order
-    (r"(?<![A-Za-z])\\?pi(?![A-Za-z])", "π"), (r"\\sqrt", "√"),
-    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\frac", ""), (r"\}\{", ")/("),
-    (r"(\d+) (\d+/\d+)", r"(\1+\2)"), (r"\{", "("), (r"\}", ")"),  # 1 1/2 is 1 + 1/2
-    (r"(?:\d+\.\d*|\.?\d+)(?:[eE][+-]?\d{1,3}(?!\d))?",  # exact, and 007 is 7
-     lambda m: str(int(m[0])) if m[0].isdigit() else f"({Fraction(m[0])})"),
-    (r"(?<=[\dA-Za-zπ)]) ?(?=[A-Za-zπ√(])|(?<=[A-Za-zπ)]) ?(?=\d)", "*"),  # 2x is 2 * x
-    ("√", "sqrt"), (r"\^", "**"))]
-OPERATIONS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Call: lambda name, x: math.sqrt(x),
-    ast.Pow: lambda x, y: (x ** (int(y) if y == int(y) else y)  # a huge power takes forever
-                           if abs(y) * len(str(x)) < 4000 else None)}
-
-def value_of(node):
-    """The value of a formula's syntax tree: a Fraction, or a float if a root, pi or a letter is in
-    it. A letter stands for some number of its own, so that x + 1 is 1 + x."""
-    if isinstance(node, ast.Constant):
-        return Fraction(node.value)
-    if isinstance(node, ast.Name):
-        return math.pi if node.id == "π" else 1 + zlib.crc32(node.id.encode()) / 2**32
-    operands = [value_of(x) for x in ast.iter_child_nodes(node) if isinstance(x, ast.expr)]
-    return OPERATIONS[type(getattr(node, "op", node))](*operands)
-
-def number(text):
-    """The value of a normalized number or formula, Fraction or float; None for anything else."""
-    if len(text) > 400 or re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}|[A-Z]{2}|\d_", text):
-        return None  # a word; or 210_7, which is not 2107
-    if re.fullmatch(r"[+-]?\d{1,3}((,\d{3})+(\.\d*)?|( \d{3})+)", text):
-        text = re.sub("[, ]", "", text)  # 1,234 is one number
-    for pattern, new in FORMULA:
-        text = pattern.sub(new, text)
-    try:
-        tree = ast.parse(text if re.fullmatch(r"[0-9A-Za-z_π+*/()-]+", text) else "", mode="eval")
-        value = value_of(tree.body)
-        return value if math.isfinite(value) else None
-    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError,
-            MemoryError):
-        return None
-
-UNIT = re.compile(r"(?<=[\d)}]) ?(%|[kcm]?m\^[23]|[kcm]m|k?g|"
-                  r"(?<= )(?:[A-Za-z][A-Za-z./ ]*[A-Za-z.]|[mgsLhN])(?:\^?\d)?)$")
-NO_UNIT = {*"or and not is if but to mod squared hundred thousand million billion dozen".split()}
-
-def equal_numbers(a, b):
-    """Do two normalized texts name one number? None if they are not both numbers."""
-    (a, unit_a), (b, unit_b) = ((UNIT.split(x)[:2] if len(x) < 500 and UNIT.search(x) else (x, ""))
-                                for x in (a, b))
-    x, y = number(a), number(b)
-    if x is None or y is None or NO_UNIT & {*unit_a.split(), *unit_b.split()}:
-        return None
-    if "%" in (unit_a, unit_b) and unit_a != unit_b:  # 12% is 12 or 0.12, but 12 is not 0.12
-        return y in (x, x / 100) if unit_a == "%" else x in (y, y / 100)
-    if unit_a and unit_b and unit_a.lower().rstrip("s") != unit_b.lower().rstrip("s"):
-        return False
-    if x == y or float in (type(x), type(y)) and math.isclose(x, y, rel_tol=1e-10):
-        return True
-    for text, d, v in ((a, x, y), (b, y, x)):  # six digits or more stand for a value without end,
-        digits = re.fullmatch(r"[+-]?0*\.?0*(\d*\.?\d+)", text)  # rounded or cut off
-        if "." in text and digits and len(digits[1].replace(".", "")) >= 6 and (
-                isinstance(v, float) or pow(10, 400, v.denominator)):
-            gap = (Fraction(v) - d) * (1 if d > 0 else -1) * 10 ** len(text.partition(".")[2])
-            return -0.5 <= gap < 1
-    return False
-
-def split(text):
-    """A normalized list, tuple, interval, set or matrix. -> its brackets, items, separators."""
-    text, depth, items, separators = re.sub("[,;]? and |,and ", ",", text), 0, [""], ""
-    depths = [*itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
-    whole = text[:1] in tuple("([{⦃⟦") and 0 not in depths[:-1] and depths[-1:] == [0]
-    for c, depth in zip(text[whole:len(text) - whole], depths[whole:]):
-        if c in ",;" and depth == whole:
-            items, separators = items + [""], separators + c
-        else:
-            items[-1] += c
-    return (text[:1] + text[-1:]) * whole, items, separators
-
-NAME = re.compile(
-    r"([A-Za-z][\w:{}']*|\([A-Za-z,]*\))(?:=|\\in(?![a-z]))(.*)|(.*)=([A-Za-z])", re.S)
-CHOICE = re.compile(r"(?:(?:option|choice) )?\(?([A-J])(\)?|[.:)].*)", re.S | re.I)
-WORDS = re.compile(r"(?=.*[A-Za-z]{2})[\w\s'.,?!-]*")
-
-def same(a, b, depth=0):
-    """Are two normalized answers the same?"""
-    if a == b or len(a) + len(b) > 10_000 or depth > 4:  # no other answer is that long or deep
-        return a == b != ""
-    choices = [CHOICE.fullmatch(x) for x in (a, b)]
-    if all(choices) and any(m[2] in ("", ")") for m in choices):  # C is (C) is "C. Neon"
-        return choices[1][1] in (choices[0][1], choices[0][1].upper())
-    equal = equal_numbers(a, b)
-    if equal is not None:
-        return equal
-    names = [NAME.fullmatch(x) for x in (a, b)]
-    if any(names):
-        (name_a, a), (name_b, b) = (
-            (m[1] or m[4], m[2] or m[3] or "") if m else (None, x) for m, x in zip(names, (a, b)))
-        return (None in (name_a, name_b) or name_a == name_b) and same(a, b, depth + 1)
-    (kind_a, items_a, marks_a), (kind_b, items_b, marks_b) = split(a), split(b)
-    if len(items_a) == len(items_b) and len(items_a) + len(kind_a) > 1:
-        if {kind_a, kind_b} <= {"", "⦃⦄", "{}"}:  # these have no order
-            items_a, items_b = (sorted(items, key=lambda item: str(number(item) or item))
-                                for items in (items_a, items_b))
-        elif kind_a != kind_b or kind_a == "⟦⟧" and marks_a != marks_b:
-            return False
-        return all(same(x, y, depth + 1) for x, y in zip(items_a, items_b))
-    return bool(WORDS.fullmatch(a)) and a.lower().rstrip("!") == b.lower().rstrip("!")
-
-def is_correct(response, gold):
-    """Is the response's final answer the gold one? Any two strings give a bool."""
-    answer = extract_answer(response)
-    gold = extract_answer(gold) if "\\boxed" in gold else gold
-    return answer is not None and gold is not None and same(normalize(answer), normalize(gold))
+def plain_q_and_v(hidden, weight, actions):
+    """Q(s, a) and V(s) in plain lines: hidden [N, D], weight [A, D], actions [N] -> [N], [N]."""
+    logits = hidden @ weight.T  # [N, A]
+    q = logits.gather(1, actions[:, None])[:, 0]  # [N]
+    v = logits.logsumexp(1)  # [N]
+    return q, v
 
 
-# ---- 3. Problems: the built-in task, or a file ---------------------------------------------------
-# The task is to add three two-digit numbers, at once or after written column sums with a carry:
-#     47+85+36=?  ->  \boxed{168}          or          7+5+6=18;4+8+3+1=16;\boxed{168}
-# A tiny model cannot add in its head, but it can on paper. Its teacher is always right and mostly
-# shows no work: a bad habit to copy, and RL has to find the better one.
+# That is all, and the tests hold the rest of this section against it. But 8,192 states and 151,936
+# actions are 5 GB of logits, and their softmax and gradient as much again, of which two numbers a
+# state are wanted. So the fused form walks through the vocabulary block by block, keeps a running
+# logsumexp, and makes each block of logits once more when the gradient is due.
 
-WRITTEN_SHARE = 0.1  # of the teacher's answers, in the last part of the warm start
-
-def make_problem(generator, held_out):
-    """A sum, as {"problem", "answer"}. One sum in ten, whatever the order of its numbers, belongs
-    to the held-out set, so training never meets it."""
-    while True:
-        numbers = generator.integers(10, 100, 3).tolist()
-        if (zlib.crc32(repr(sorted(numbers)).encode()) % 10 == 0) == held_out:
-            return {"problem": "%d+%d+%d=?" % tuple(numbers), "answer": str(sum(numbers))}
-
-def demonstrate(problem, written):
-    """The teacher's answer to a sum, with or without the written work."""
-    (a, x), (b, y), (c, z) = (divmod(int(n), 10) for n in re.findall(r"\d+", problem))
-    units, carry = x + y + z, (x + y + z) // 10
-    work = f"{x}+{y}+{z}={units};{a}+{b}+{c}+{carry}={a + b + c + carry};"
-    return work * written + "\\boxed{%d}" % (10 * (a + b + c) + units)
-
-LONGEST_PROBLEM = 20_000  # characters
-
-def read_problems(path):
-    """A JSONL file, or one JSON array, of objects with problem (or question) and answer, names in
-    any case. -> a list of {"problem", "answer"}; rows without a usable answer are dropped."""
-    where, advice = path, ""
-    try:
-        if path.startswith("hf://datasets/"):
-            from huggingface_hub import hf_hub_download
-            owner, name, file = path.removeprefix("hf://datasets/").split("/", 2)
-            advice = "; a local file needs no network"
-            path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
-        text, rows = Path(path).read_text(encoding="utf-8"), []
-        for n, line in enumerate([] if text.lstrip()[:1] == "[" else text.split("\n"), 1):
-            where = f"{path}, line {n}"
-            rows += [json.loads(line)] if line.strip() else []
-        rows = rows or json.loads(text.strip() or "[]")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{where}: cannot be read as JSONL or a JSON array ({reason}){advice}")
-    problems, dropped = {}, []  # by text: no problem may be both trained on and held out
-    for row in rows:
-        row = {key.lower(): value for key, value in row.items()} if type(row) is dict else {}
-        problem = row.get("problem") or row.get("question")
-        answer = str(row.get("answer")).rpartition("####")[2].strip()  # GSM8K: after a solution
-        usable = row.get("answer") is not None and is_correct(f"\\boxed{{{answer}}}", answer)
-        if problem and isinstance(problem, str) and usable and problem not in problems and (
-                len(problem) <= LONGEST_PROBLEM):
-            problems[problem] = {"problem": problem, "answer": answer}
-        else:
-            dropped.append(row)
-    if dropped:
-        print(f"{path}: dropped {len(dropped)} of {len(rows)} rows, which repeat a problem, are "
-              f"too long or have no answer to check; the first is {dropped[0]!r:.200}")
-    if not problems:
-        raise UserError(f"{path}: no row has both a problem and a usable answer")
-    return list(problems.values())
-
-def load_problems(cfg):
-    """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}."""
-    generator = rng(cfg.seed, 0, "problems")
-    held_out = read_problems(cfg.eval_data)[:cfg.eval_problems] if cfg.eval_data else []
-    if held_out and cfg.steps == 0:
-        return [], held_out
-    if not cfg.data:
-        return ([make_problem(generator, held_out=False) for _ in range(10_000)], held_out or
-                [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)])
-    problems = read_problems(cfg.data)
-    generator.shuffle(problems)
-    n = 0 if held_out else min(cfg.eval_problems, max(1, len(problems) // 10))
-    if n == len(problems):
-        raise UserError(f"{cfg.data}: nothing can be held out of one problem; give --eval-data")
-    return problems[n:], held_out or problems[:n]
-
-
-# ---- 4. The model: a causal LM of transformers, a tiny one made here or a real one loaded --------
-
-def make_model(seed):
-    """A Qwen2 of 0.13M random weights and its tokenizer of 19 tokens."""
-    words = ["<pad>", "<bos>", "<eos>", *"0123456789+=?;", "\\boxed{", "}"]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
-    raw.decoder = decoders.Fuse()
-    raw.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-    torch.manual_seed(int(rng(seed, 0, "weights").integers(2**62)))
-    return transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(
-        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
-        max_position_embeddings=64, initializer_range=0.1,  # 0.02, the default, suits wide models
-        pad_token_id=0, bos_token_id=1, eos_token_id=2)), tokenizer
-
-def devices(cfg):
-    """-> where the model is, its optimizer and the reference; the toy is too small for a GPU."""
-    names = ("device", "master_device", "ref_device")
-    for name in names:
-        if getattr(cfg, name) == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--{name.replace('_', '-')} cuda: PyTorch sees no such GPU; leave the "
-                            "flag out, or take cpu")
-    auto = "cuda" if torch.cuda.is_available() and cfg.preset != "toy" else "cpu"
-    auto = auto if cfg.device == "auto" else cfg.device
-    return [torch.device(auto if getattr(cfg, name) == "auto" else getattr(cfg, name))
-            for name in names]
-
-@torch.no_grad()
-def check_head(model, name):
-    """UserError unless logits = hidden @ lm_head.T, on which q_from_logits relies. The head's
-    output is blown up on the way, for a soft cap bends only large logits."""
-    head, tokens = model.get_output_embeddings(), torch.arange(8, device=model.device)[None]
-    hook = head.register_forward_hook(lambda module, inputs, output: output * 1000)
-    logits = model(input_ids=tokens).logits.float()                                # [1, 8, A]
-    hook.remove()
-    hidden = model.base_model(input_ids=tokens).last_hidden_state                  # [1, 8, D]
-    expected = F.linear(hidden, head.weight).float() * 1000                        # [1, 8, A]
-    rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
-    if (logits - expected).abs().max() > rounding * expected.abs().max():
-        raise UserError(f"--model {name}: its logits are not hidden @ lm_head.T (a bias, a scale "
-                        "or a soft cap comes between), so Q cannot be computed here; take another")
-
-def load_model(cfg, device):
-    """-> (model, tokenizer). UserError if the model does not suit this file."""
-    if not cfg.model:
-        model, tokenizer = make_model(cfg.seed)
-    else:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-            config = transformers.AutoConfig.from_pretrained(cfg.model)
-            for name, value in config.to_dict().items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(config, name, 0.0)  # what learns must be what samples
-            bfloat16 = cfg.dtype == "bfloat16" or (
-                cfg.dtype == "auto" and device.type == "cuda"
-                and torch.cuda.is_bf16_supported(including_emulation=False))
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                cfg.model, config=config, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-            if cfg.gradient_checkpointing:  # under its new name and its old one
-                enable = getattr(model, "activation_checkpointing_enable",
-                                 model.gradient_checkpointing_enable)
-                enable({"use_reentrant": False})
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).split("\n")[0]
-            advice = "; a local folder needs no network" * (not Path(cfg.model).exists())
-            raise UserError(f"--model {cfg.model}: no causal LM with its tokenizer to load there "
-                            f"({reason}){advice}")
-    model.to(device).eval()
-    check_head(model, cfg.model)
-    # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
-    # a top-k and more in their generation_config, and generate() fills from it whatever a caller
-    # leaves open. So a complete one replaces it; only the tokens that end a response are kept.
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise UserError(f"--model {cfg.model}: it names no end-of-sequence token")
-    pad_id = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=cfg.max_new_tokens,
-        eos_token_id=sorted(ends), pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id)
-    return model, tokenizer
-
-
-# ---- 5. Q and V ----------------------------------------------------------------------------------
-# Shapes from here on: B responses, T tokens in the longest, N tokens in all of them, L tokens in
-# the longest prompt + response, D hidden size, A vocabulary (the actions).
 
 def matmul(a, b):
     """a @ b in float32 (float64 from float64). A GPU takes bfloat16 operands as they are."""
@@ -549,17 +92,18 @@ def matmul(a, b):
     wide = torch.promote_types(a.dtype, torch.float32)
     return a.to(wide) @ b.to(wide)
 
+
 class _QFromLogits(torch.autograd.Function):
-    """q_from_logits with a backward of its own. Only one block of logits exists at a time."""
+    """q_from_logits with a backward of its own, so that one block of logits exists at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, actions, block):
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))         # [N, D]
-        q = (wide * F.embedding(actions, weight)).sum(1)                           # [N]
-        v = torch.full_like(q, -torch.inf)                                         # [N]
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # [N, D]
+        q = (wide * F.embedding(actions, weight)).sum(1)  # [N]
+        v = torch.full_like(q, -torch.inf)  # [N]
         for start in range(0, len(weight), block):
-            logits = matmul(hidden, weight[start:start + block].T)                 # [N, block]
-            v = torch.logaddexp(v, logits.logsumexp(1))                            # [N]
+            logits = matmul(hidden, weight[start : start + block].T)  # [N, block]
+            v = torch.logaddexp(v, logits.logsumexp(1))  # [N]
         ctx.save_for_backward(hidden, weight, actions, v)
         ctx.block = block
         return q, v
@@ -567,199 +111,167 @@ class _QFromLogits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_q, grad_v):
-        # dV / dlogit_a = pi(a); dQ / dlogit_a = 1 at the action taken, else 0.
+        # dV(s) / dlogit_a = pi(a|s). dQ(s, a) / dlogit_a = 1; the other logits do not matter to it.
         hidden, weight, actions, v = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=v.dtype)                      # [N, D]
-        grad_weight = torch.empty_like(weight)                                     # [A, D]
+        grad_hidden = torch.zeros_like(hidden, dtype=v.dtype)  # [N, D]
+        grad_weight = torch.empty_like(weight)  # [A, D]
         for start in range(0, len(weight), ctx.block):
-            part = weight[start:start + ctx.block]                                 # [block, D]
-            grad = matmul(hidden, part.T).sub_(v[:, None]).exp_().mul_(grad_v[:, None])
-            column = (actions - start).clamp(0, len(part) - 1)                     # [N]
-            here = column == actions - start              # [N] is the action in this block?
-            grad.scatter_add_(1, column[:, None], (grad_q * here)[:, None])        # [N, block]
+            part = weight[start : start + ctx.block]  # [block, D]
+            pi = matmul(hidden, part.T).sub_(v[:, None]).exp_()  # [N, block]
+            grad = pi.mul_(grad_v[:, None])  # [N, block], of the logits
+            column = (actions - start).clamp(0, len(part) - 1)  # [N]
+            elsewhere = column != actions - start  # [N] the action is in another block
+            grad.scatter_add_(1, column[:, None], grad_q.masked_fill(elsewhere, 0)[:, None])
             if hidden.is_cuda:
-                grad = grad.to(hidden.dtype)  # for the products; their sums are float32
-            grad_hidden += matmul(grad, part)                                      # [N, D]
-            grad_weight[start:start + ctx.block] = matmul(grad.T, hidden)          # [block, D]
+                grad = grad.to(hidden.dtype)  # fast products; their sums are float32 all the same
+            grad_hidden += matmul(grad, part)  # [N, D]
+            grad_weight[start : start + ctx.block] = matmul(grad.T, hidden)  # [block, D]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
 
 def q_from_logits(hidden, weight, actions, block=4096):
     """Q(s, a) and V(s) of N states, without ever holding their [N, A] logits.
 
-    hidden [N, D], weight [A, D] (the LM head), actions [N] int64 -> (q [N], v [N]), where
-    q[i] = hidden[i] . weight[actions[i]] and v[i] = logsumexp_a hidden[i] . weight[a], in float32
-    (float64 from float64; V is 10 to 40, where bfloat16 has steps of up to a quarter).
-    Differentiable in hidden and weight. IndexError for an action outside the vocabulary.
-
-    8192 x 151,936 logits are 5 GB, softmax and gradient as much again. So the vocabulary is walked
-    in blocks with a running logsumexp, and again in backward: O(N * block) memory.
+    hidden [N, D], weight [A, D] (the LM head), actions [N] int64 -> (q [N], v [N]), as above, in
+    float32 (float64 from float64): V is 10 to 40, where bfloat16 has steps of up to a quarter.
+    Differentiable in hidden and weight, in O(N * block) memory. ValueError for shapes that do not
+    fit, IndexError for an action outside the vocabulary.
     """
     if hidden.shape != (len(actions), weight.shape[1]):
-        raise ValueError(f"hidden {tuple(hidden.shape)} must be [N, D], for weight "
-                         f"{tuple(weight.shape)} [A, D] and actions {tuple(actions.shape)} [N]")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be [N, D], for weight {tuple(weight.shape)} [A, D] "
+            f"and actions {tuple(actions.shape)} [N]"
+        )
     return _QFromLogits.apply(hidden, weight, actions, block)
 
-def pad(rows, device, side="right"):
-    """1-D tensors -> one tensor [B, T] on device, padded with zeros."""
-    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
-def score(model, batch):
-    """-> (q, v, mask), [B, T] each: Q(s_h, a_h) and V(s_h) of the response tokens of a batch of
-    dicts with "prompt" and "response", 1-D int64 tensors.
+# ---- 2. The Bellman target and the loss ----------------------------------------------------------
+# A token is worth what it earns now, plus the value of the text after it. The right side of that
+# sentence is the Bellman *target*, and training moves Q towards it.
+#
+# From here on in the paper's letters. The response has tokens a_1 ... a_H, and s_h is the text
+# before a_h, so s_1 is the prompt. r is the reward, paid at the last token: 1 if the final answer
+# is right, else 0. The *reference* (Q_ref, V_ref, pi_ref) is the model as it was before training.
+# What is maximized is E[r] - beta * KL(pi || pi_ref), eq. (1): beta is the price, in reward, of
+# moving one nat away from the reference. Shapes: B responses, T tokens in the longest of them.
 
-    mask marks the response tokens, EOS included. It comes from lengths, never from comparing with
-    a pad id, which may be the EOS id. The hidden state that chooses a token is the one at the
-    token before it: for the first, at the last token of the prompt.
+
+def bellman_target(v, q_ref, v_ref, reward, mask, beta):
+    """The combined stepwise / outcome Bellman target of each Q(s_h, a_h): [B, T], 0 in the padding.
+
+        T Q(s_h, a_h) =  r / beta, at the last token                           outcome signal
+                      +  log pi_ref(a_h|s_h) + V_ref(s_h) - V_ref(s_{h+1})     stepwise signal
+                      +  V(s_{h+1})                                            bootstrap
+
+    The stepwise signal is what the reference itself thinks of the token; its first two terms are
+    Q_ref(s_h, a_h). After the last token V and V_ref are 0. A response that was cut at the length
+    limit is treated alike, as the paper's finite horizon has it; that it earns 0 is our choice.
+
+    v, q_ref, v_ref [B, T] float; reward [B]; mask [B, T] bool: True on response tokens, which start
+    in column 0 and have no gap, else ValueError. Nothing in the padding, not even nan, reaches a
+    value or a gradient.
     """
-    actions = pad([t["response"] for t in batch], model.device)                    # [B, T]
-    lengths, before = torch.tensor([(len(t["response"]), len(t["prompt"]) - 1) for t in batch],
-                                   device=model.device).T                          # [B], [B]
-    mask = torch.arange(actions.shape[1], device=model.device) < lengths[:, None]  # [B, T]
-    # The padding is on the right, where a causal model's earlier tokens do not see it: it needs no
-    # attention mask. The last token is left out, for nothing follows it.
-    tokens = pad([torch.cat([t["prompt"], t["response"]])[:-1] for t in batch], model.device)
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, L, D]
-    row, h = mask.nonzero(as_tuple=True)                                           # [N], [N]
-    q, v = q_from_logits(hidden[row, before[row] + h], model.get_output_embeddings().weight,
-                         actions[mask])                                            # [N], [N]
-    zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)                # [B, T]
-    return zeros.masked_scatter(mask, q), zeros.masked_scatter(mask, v), mask
-
-def micro_batches(batch, max_tokens):
-    """The batch as lists of up to max_tokens padded tokens (one response at least), like lengths
-    together, so that little of them is padding."""
-    groups = [[]]
-    sizes = [len(t["prompt"]) + len(t["response"]) for t in batch]
-    for i in sorted(range(len(batch)), key=sizes.__getitem__):
-        if groups[-1] and (len(groups[-1]) + 1) * sizes[i] > max_tokens:
-            groups.append([])
-        groups[-1].append(batch[i])
-    return groups
+    if not (mask.any(1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ValueError("mask: every row must start with a response token and have no gap")
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # [B, T] is it the last token?
+    outcome = torch.where(last, reward[:, None] / beta, 0)  # [B, T]
+    # The two values of s_{h+1} are taken together, so that equal models cancel to exactly 0.
+    gap = (v - v_ref).masked_fill(~mask, 0)  # [B, T]
+    next_gap = F.pad(gap[:, 1:], (0, 1))  # [B, T] V(s_{h+1}) - V_ref(s_{h+1})
+    return outcome + q_ref.masked_fill(~mask, 0) + next_gap  # [B, T]
 
 
-# ---- 6. The warm start ---------------------------------------------------------------------------
-# RL strengthens what a model does now and then, so the tiny one is first shown how: the teacher
-# writes its work until the model can add, and then mostly leaves it out.
+def reval_loss(q, v, q_ref, v_ref, reward, mask, beta, calibrated=True):
+    """ReVal's loss. Shapes as above. -> (loss, {"residual": [B], in nats}).
 
-def encode_prompt(tokenizer, problem, cfg):
-    """The token ids of the prompt, [P]: in the chat template where there is one. As that brings
-    its own BOS, none is added to it. What a problem says is text: a space breaks up the names of
-    special tokens in it, which could end the turn."""
-    problem = problem.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is none
-    for token in {t.content for t in tokenizer.added_tokens_decoder.values()}:
-        if len(token) > 1 and not token.isspace():
-            problem = problem.replace(token, token[0] + " " + token[1:])
-    text = cfg.prompt.replace("{problem}", problem)
-    raw = cfg.raw_prompt or tokenizer.chat_template is None
-    if not raw:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-    return torch.tensor(tokenizer(text, add_special_tokens=raw)["input_ids"])
+    Sum Q - T Q over a response. As Q(s_h, a_h) = V(s_h) + log pi(a_h|s_h), every later V comes once
+    with plus and once with minus, and so does V_ref. What is left is eq. (2),
 
-def distill(model, tokenizer, cfg):
-    """Supervised learning from the teacher: the mean of -log pi = V - Q over its tokens."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
-    generator = rng(cfg.seed, 0, "distillation")
-    for step in progress(range(cfg.distill_steps), "distilling"):
-        done, batch = step / cfg.distill_steps, []
-        for _ in range(32):
-            problem = make_problem(generator, held_out=False)["problem"]
-            text = demonstrate(problem, done < 0.8 or generator.random() < WRITTEN_SHARE) + "<eos>"
-            response = tokenizer(text, add_special_tokens=False)["input_ids"]
-            batch.append({"prompt": encode_prompt(tokenizer, problem, cfg),
-                          "response": torch.tensor(response)})
-        q, v, mask = score(model, batch)                                           # [B, T] each
-        loss = (v - q).sum() / mask.sum()
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = math.cos(done * math.pi / 2)**2
-        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 50, cosine)
-        optimizer.step()
+        residual = V(s_1) - V_ref(s_1) + log pi(response) - log pi_ref(response) - r / beta
+        loss     = beta / 2 * mean over responses of residual^2
 
+    It is the sum that is squared; squaring its parts one by one is reported to collapse. The factor
+    beta / 2 is ours. TBRM, the relative that came before, is the same without V_ref(s_1):
+    calibrated=False.
 
-# ---- 7. Rollouts: the behaviour policy is softmax(logits) at temperature 1 -----------------------
-
-@torch.no_grad()
-def sample(model, prompts, cfg, seed, temperature=1.0, top_p=1.0):
-    """One response to each prompt, a list of 1-D int64 tensors that may go on after the EOS.
-
-    generate() samples 256 side by side until the slowest ends. Continuous batching puts the next
-    prompt in as soon as one response has ended, and pages the cache, on a GPU in CUDA graphs. Its
-    manager lives for one call, so that no cache outlives the weights that made it.
+    By hand: 3 words, a response of 2 tokens, r = 1, beta = 0.5. The model's exp(logits) are (1, 2,
+    5) and then (4, 2, 2), the reference's (1, 1, 2) twice; token 1 is taken, then token 0. So V is
+    log 8 twice, V_ref log 4 twice, pi 1/4 and 1/2, pi_ref 1/4 twice, and
+    residual = log 8 - log 4 + log(1/4 * 1/2) - log(1/4 * 1/4) - 2 = -0.6137, loss = 0.0942.
     """
-    how = copy.copy(model.generation_config)
-    how.do_sample, how.temperature, how.top_p = temperature > 0, temperature or 1.0, top_p
-    cuda = model.device.type == "cuda"
-    if cfg.sampler == "continuous" or cfg.sampler == "auto" and cuda:
-        limits = {} if cuda else {"num_blocks": 64, "max_batch_tokens": 512}  # else found by trial
-        outputs = model.generate_batch(
-            [prompt.tolist() for prompt in prompts], generation_config=how, warmup=cuda,
-            continuous_batching_config=transformers.ContinuousBatchingConfig(seed=seed, **limits))
-        errors = [out.error for out in outputs.values() if out.error]
-        if errors or len(outputs) < len(prompts):
-            raise UserError(f"continuous batching failed ({errors[:1] or 'see above'}); try "
-                            "--sampler generate")
-        return [torch.tensor(out.generated_tokens) for out in outputs.values()]
-    torch.manual_seed(seed)
-    responses = []
-    for start in progress(range(0, len(prompts), 256), "sampling"):
-        chunk = prompts[start:start + 256]
-        # generate() wants the prompts to end side by side: padding goes to the left.
-        tokens = pad(chunk, model.device, "left")                                  # [B, P]
-        mask = pad([torch.ones_like(prompt) for prompt in chunk], model.device, "left")  # [B, P]
-        sampled = model.generate(tokens, attention_mask=mask, generation_config=how)
-        responses += sampled[:, tokens.shape[1]:].cpu()
-    return responses
-
-def rollout(model, tokenizer, problems, cfg, step, purpose, temperature=1.0, top_p=1.0):
-    """Samples one response to each problem. -> trajectories: dicts with problem, answer, prompt
-    [P], response [T] (int64, EOS included), text, ended (by itself?), reward (0 or 1), step."""
-    known = {p["problem"]: encode_prompt(tokenizer, p["problem"], cfg) for p in problems}
-    # Some chat templates open the thought: what was cut in it has concluded nothing, box or not.
-    thoughts = {key: "<think>" * tokenizer.decode(prompt).rstrip().endswith("<think>")
-                for key, prompt in known.items()}
-    prompts = [known[p["problem"]] for p in problems]
-    seed = int(rng(cfg.seed, step, purpose).integers(2**62))
-    ends = torch.tensor(model.generation_config.eos_token_id)
-    trajectories = []
-    for p, prompt, response in zip(problems, prompts, sample(model, prompts, cfg, seed, temperature,
-                                                             top_p)):
-        stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
-        response = response[:stops[0] + 1 if stops else None].clone()              # [T]
-        text = tokenizer.decode(response, skip_special_tokens=True)
-        reward = float(bool(stops) and is_correct(thoughts[p["problem"]] + text, p["answer"]))
-        trajectories.append({**p, "prompt": prompt, "response": response, "text": text,
-                             "ended": bool(stops), "reward": reward, "step": step})
-    return trajectories
-
-@torch.no_grad()
-def cache_values(model, trajectories, cfg, name):
-    """Writes the model's "q_<name>" and "v_<name>" [T] into each trajectory. The reference's serve
-    at every reuse, so they are computed once: by the live model's function, or equal models would
-    not cancel to zero. GRPO also needs those of the policy that sampled."""
-    for group in progress(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
-        q, v, mask = (x.cpu() for x in score(model, group))                        # [B, T] each
-        for i, t in enumerate(group):
-            t["q_" + name], t["v_" + name] = q[i][mask[i]], v[i][mask[i]]          # [T], [T]
+    target = bellman_target(v, q_ref, v_ref, reward, mask, beta)  # [B, T]
+    residual = (q - target).masked_fill(~mask, 0).sum(1)  # [B]
+    if not calibrated:
+        residual = residual + v_ref[:, 0]  # [B]
+    return beta / 2 * residual.square().mean(), {"residual": residual.detach()}
 
 
-# ---- 8. The replay buffer ------------------------------------------------------------------------
+# What this loss promises, and what it does not; each point has its test.
+# * Calibrated start. While the model equals the reference, a response without reward has residual
+#   0 and gradient 0, whatever it says. TBRM's residual there is V_ref(s_1), some 10 nats, and it
+#   begins by unlearning them.
+# * Fixed point. All residuals are 0 where pi* = pi_ref * exp(r / beta) / Z, with Z the mean of
+#   exp(r / beta) over the reference's responses, and V*(s_1) = V_ref(s_1) + log Z. Who wrote the
+#   responses does not enter: hence replay without importance weights. (TBRM has the same pi*, with
+#   V*(s_1) = log Z: start and way differ, not the end.)
+# * Coverage. That holds for responses like those in the data. Among these the ratios come out
+#   right; the mass of all others is free, and V takes up the slack. So fresh data must keep coming.
+# * A small residual alone proves nothing. Reference values that are out of date can be fitted to
+#   perfection too, and the policy is then another one.
+# * The whole gradient. The paper prints one, its eq. (4), without the part that flows through
+#   V(s_1). Here it is that of eq. (2), with nothing detached: V held fixed cannot take up what the
+#   policy should not, and on old data the fixed point would depend on who wrote them.
+# * Scale. At the start, with a centred reward (section 9), the gradient is that of REINFORCE with
+#   the group's mean as baseline. That is what beta / 2 is for; Adam does not see it.
+# * beta goes with length: r / beta nats are spread over all tokens of a response. The paper's two
+#   settings both have beta * length of about 10.
+# * Not determined is the level of later states: a constant on all logits of s_2, s_3, ... changes
+#   nothing. Only pi and V(s_1) matter.
+
+
+def grpo_loss(logp, logp_old, advantage, mask, n_tokens, clip_low=0.2, clip_high=0.28):
+    """GRPO's loss, the usual one, to compare with. -> (loss, {"clipped": share of the tokens}).
+
+    logp, logp_old, mask [B, T]; advantage [B]: (r - mean) / std within the responses to one
+    problem. The sum is divided by n_tokens, those of the whole batch. Here a response that another
+    policy wrote needs the importance weight pi / pi_old, and beyond the clip it teaches nothing.
+    """
+    ratio = (logp - logp_old).masked_fill(~mask, 0).exp()  # [B, T]
+    near = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
+    gain = torch.minimum(ratio * advantage[:, None], near * advantage[:, None])  # [B, T]
+    clipped = (ratio != near).sum() / n_tokens
+    return -gain.masked_fill(~mask, 0).sum() / n_tokens, {"clipped": clipped}
+
+
+# ---- 3. The replay buffer ------------------------------------------------------------------------
+
+
+def rng(seed, step, purpose):
+    """A numpy generator for one purpose at one step. All that is random comes from such a one: an
+    evaluation more cannot shift the training after it, and no generator's state need be saved."""
+    return np.random.default_rng([seed, step, zlib.crc32(purpose.encode())])
+
 
 class ReplayBuffer:
-    """First in, first out, by trajectory. With room for M, batches of B and K updates after each,
-    a trajectory is used floor(M/B) * (B/M) * K times, about K, before it leaves: eq. (3).
-    Sample number i depends on (seed, i) and on what is in the buffer, nothing else."""
+    """Keeps the newest trajectories, by first in, first out, and draws from them.
+
+    With room for M, batches of B and K updates after each batch, a trajectory is used
+    floor(M/B) * (B/M) * K times, about K, before it leaves: eq. (3). That is once the buffer is
+    full; the first batches, with few others to share the draws, are used more often.
+    """
 
     def __init__(self, capacity, seed=0):
-        self.capacity, self.seed, self.draws, self.items = capacity, seed, 0, []
+        self.capacity = capacity
+        self.seed = seed
+        self.draws = 0
+        self.items = []
 
     def __len__(self):
         return len(self.items)
 
     def add(self, items):
         """Appends items; beyond the capacity the oldest leave."""
-        self.items = (self.items + list(items))[-self.capacity:]
+        self.items = (self.items + list(items))[-self.capacity :]
 
     def sample(self, n):
         """min(n, len) different items, uniformly. Nothing is removed."""
@@ -768,128 +280,1074 @@ class ReplayBuffer:
         return [self.items[i] for i in order[:n]]
 
 
-# ---- 9. The method -------------------------------------------------------------------------------
-# In the paper's letters: s_h is the text before response token h (s_1 the prompt), a_h that token,
-# r the reward, paid at the last token. The aim is max E[r] - beta * KL(pi || pi_ref)     eq. (1):
-# beta is the price of leaving the reference.
+# ---- 4. One iteration ----------------------------------------------------------------------------
+# The whole method, in ten lines. `train`, at the end of the file, is these lines and what a long
+# run needs besides: evaluation, a log, checkpoints.
+#
+#     fresh = rollout(model, some problems, several responses each)     # reward: is it right?
+#     add_signals(fresh)                                                # r, or r less its mean
+#     cache_values(reference, fresh, "ref")                             # q_ref, v_ref: once for all
+#     buffer.add(fresh)
+#     for k in range(K):
+#         batch = fresh if k == 0 else buffer.sample(len(fresh))        # on-policy, then off-policy
+#         gradient(model, batch)                                        # of reval_loss
+#         optimizer.step()
+#     every so many iterations, if wished: reference = model            # and cache_values anew
+#
+# The paper describes its K updates in more than one way; one fresh batch, then K - 1 draws from the
+# buffer, which already holds it, is our reading.
 
-def bellman_target(v, q_ref, v_ref, reward, mask, beta):
-    """The combined stepwise / outcome Bellman target of Q(s_h, a_h), [B, T], 0 in the padding.
 
-    v, q_ref, v_ref [B, T] float; reward [B]; mask [B, T] bool, True on response tokens, which
-    start in column 0 without a gap (else, or in an empty row, ValueError). Nothing in the padding,
-    not even nan, reaches a value or gradient. After the last token V = 0, for both models.
+# ==================================================================================================
+# PART II: WHAT IT LEARNS FROM
+# Problems, a checker that turns answers into rewards, and a model that answers.
+# ==================================================================================================
 
-        T Q(s_h, a_h) =  r / beta, at the last token                              outcome signal
-                      +  log pi_ref(a_h|s_h) + V_ref(s_h) - V_ref(s_{h+1})        stepwise signal
-                      +  V(s_{h+1})                                               bootstrap
 
-    The stepwise signal is what the reference model itself thinks of a token. Its first two terms
-    are Q_ref(s_h, a_h). In this order of operations, equal models cancel to exactly zero:
+class UserError(Exception):
+    """A user's mistake, told in one line that says how to mend it."""
+
+
+def first_line(error):
+    """What an error says first: libraries may go on for a page."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def progress(items, what):
+    """Goes through items with a progress bar, if it takes more than 2 s and a person is looking."""
+    return tqdm(items, what, disable=None, leave=False, delay=2)
+
+
+# ---- 5. Problems: the built-in task and its teacher, or a file -----------------------------------
+# The task is to add three two-digit numbers, at once or after written column sums with a carry:
+#     47+85+36=?  ->  \boxed{168}          or          7+5+6=18;4+8+3+1=16;\boxed{168}
+# A tiny model cannot add in its head, but it can on paper. Its teacher is always right and mostly
+# shows no work: a bad habit to copy, and RL has to find the better one.
+
+WRITTEN_SHARE = 0.1  # of the teacher's answers, in the last part of the warm start
+LONGEST_PROBLEM = 20_000  # characters
+TO_JSONL = 'pandas.read_parquet(FILE).to_json("FILE.jsonl", orient="records", lines=True)'
+
+
+def make_problem(generator, held_out):
+    """A sum, as {"problem", "answer"}. One sum in ten, whatever the order of its numbers, belongs
+    to the held-out set, so training never meets it."""
+    while True:
+        a, b, c = generator.integers(10, 100, 3).tolist()
+        in_held_out = zlib.crc32(repr(sorted([a, b, c])).encode()) % 10 == 0
+        if in_held_out == held_out:
+            return {"problem": f"{a}+{b}+{c}=?", "answer": str(a + b + c)}
+
+
+def demonstrate(problem, written):
+    """The teacher's answer to a sum, with or without the written work."""
+    a, b, c = (int(number) for number in re.findall(r"\d+", problem))
+    units = a % 10 + b % 10 + c % 10
+    carry = units // 10
+    tens = a // 10 + b // 10 + c // 10 + carry
+    answer = f"\\boxed{{{a + b + c}}}"
+    if not written:
+        return answer
+    work = f"{a % 10}+{b % 10}+{c % 10}={units};{a // 10}+{b // 10}+{c // 10}+{carry}={tens};"
+    return work + answer
+
+
+def read_rows(path):
+    """The rows of a JSONL file or of one JSON array, here or on the hub, as they are."""
+    where = path
+    try:
+        if path.startswith("hf://datasets/"):
+            from huggingface_hub import hf_hub_download
+
+            owner, _, rest = path.removeprefix("hf://datasets/").partition("/")
+            name, _, file = rest.partition("/")
+            if not file:
+                raise ValueError("a file is missing: hf://datasets/ORG/NAME/FILE")
+            path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+        if path.lower().endswith((".gz", ".zip", ".parquet", ".csv")):
+            raise ValueError(f"another kind of file; {TO_JSONL} makes one")
+        text = Path(path).read_text(encoding="utf-8-sig")  # with a byte-order mark or without
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
+        return rows
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise UserError(f"{where}: no JSON lines or array that can be read ({reason})") from error
+
+
+def find_answer(row):
+    """The answer that a row of a data file holds, as text; None if it holds none to check."""
+    for key in ("answer", "final_answer", "solution"):
+        value = row.get(key)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+            value = str(value)
+        if not isinstance(value, str):
+            continue  # several answers, an object, true or NaN: nothing to compare with
+        answer = value.rpartition("####")[2].strip()  # GSM8K: behind a solution
+        if key == "solution":
+            answer = extract_answer(value)
+        if answer and is_correct(f"\\boxed{{{answer}}}", answer):
+            return answer
+    return None
+
+
+def read_problems(path):
+    """A JSONL file, or one JSON array, of objects with a problem (or question) and an answer (or
+    final_answer, or a solution that holds one), names in any case. -> a list of {"problem",
+    "answer"}. Rows that will not do are dropped aloud; UserError if none is left."""
+    rows = read_rows(path)
+    problems = {}  # by text: what repeats might be trained on and held out
+    dropped = []
+    keys = set()
+    for row in rows:
+        fields = {}
+        if isinstance(row, dict):
+            fields = {key.lower(): value for key, value in row.items()}
+        keys.update(fields)
+        problem = fields.get("problem") or fields.get("question")
+        answer = find_answer(fields)
+        usable = isinstance(problem, str) and problem.strip() and len(problem) <= LONGEST_PROBLEM
+        if usable and answer and problem not in problems:
+            problems[problem] = {"problem": problem, "answer": answer}
+        else:
+            dropped.append(row)
+    if not problems:
+        raise UserError(
+            f"{path}: no row has a problem (or question) and a usable answer (or final_answer, or "
+            f"solution); the keys found are: {', '.join(sorted(keys)) or 'none'}"
+        )
+    if dropped:
+        print(
+            f"{path}: dropped {len(dropped)} of {len(rows)} rows, which repeat a problem, are "
+            f"too long or have no answer to check; the first is {dropped[0]!r:.200}"
+        )
+    return list(problems.values())
+
+
+def load_problems(cfg):
+    """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}."""
+    held_out = read_problems(cfg.eval_data)[: cfg.eval_problems] if cfg.eval_data else []
+    if cfg.eval_data and cfg.steps == 0:
+        return [], held_out
+    generator = rng(cfg.seed, 0, "problems")
+    if not cfg.data:
+        problems = [make_problem(generator, held_out=False) for _ in range(10_000)]
+        sums = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
+        return problems, held_out or sums
+    problems = read_problems(cfg.data)
+    generator.shuffle(problems)
+    n = 0 if held_out else min(cfg.eval_problems, max(1, len(problems) // 10))
+    if n == len(problems):
+        raise UserError(f"{cfg.data}: nothing can be held out of one problem; give --eval-data")
+    return problems[n:], held_out or problems[:n]
+
+
+# ---- 6. The answer checker -----------------------------------------------------------------------
+# It is the reward: what it gets wrong, the model will learn. So it is a rule anyone can read, in
+# four steps: extract the final answer, normalize its spelling, parse it if it is a number, compare.
+#  - Strict: in doubt it says no. An answer that was only thought, was cut, hedges, negates or lists
+#    others is wrong. A unit, a currency sign or "x =" may be missing, but not differ.
+#  - Exact: 0.5 is 1/2, but 0.33 is not 1/3. What has no end may be rounded, from six digits on.
+#  - Total: any two strings give a verdict, in time linear in their length. Arithmetic, roots, pi
+#    and letters are calculated, functions and words are compared as text.
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} are the signs of a set: they do not nest
+DEPTH = dict.fromkeys("([{⦃", 1) | dict.fromkeys(")]}⦄", -1)  # what a bracket adds to it
+# "it can't be \boxed{5}", "either 4 or \boxed{5}"
+NOT_BEFORE = re.compile(r"(?:(?:n't|not\b|\bnever)(?: be)?|\beither\b.*\bor)[\s$({\\]*$")
+# "\boxed{5} or six"; after a comma, where "or" may mean "that is", only "\boxed{5}, or \boxed{6}"
+OR_AFTER = re.compile(
+    r"[\s$]*(?:\\text\s*\{\s*)?or\b(?! rather)|[\s$.,;]*(?:\\text\s*\{\s*)?or\b[\s}$]*[\d\\-]"
+)
+SENTENCE_END = r"(?:\n|$|[.!]\s|,?\s(?:because|since|which)\b)"
+MARKED = (  # the answer in a response without a box, at the last of each mark
+    r"(?s).*<answer>((?:(?!</?answer>).)*)</answer>",
+    r"(?s:.*)####[\s:*]*(.*?)" + SENTENCE_END,
+    r"(?i)(?s:.*)\banswer\b(?:\W*(?:is|are|was)\b|[\s*]*[:=])[\s:*]*(.*?)" + SENTENCE_END,
+)
+
+
+def closing_brace(text, start):
+    """Where the brace that was opened just before `start` closes, or None."""
+    depth = 1
+    for brace in BRACE.finditer(text, start):
+        depth += DEPTH.get(brace[0], 0)
+        if depth == 0:
+            return brace.start()
+    return None
+
+
+def extract_answer(response):
+    r"""The final answer of a response, as text, or None. Only what follows </think> counts. There:
+    the last \boxed{...}; else the last <answer> tag; else the line after the last ####; else
+    the line after the last "answer is" or "answer:"."""
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:  # a thought that does not end concludes nothing
+        return None
+    boxes = list(BOX.finditer(text))
+    if boxes:
+        # "or" before the only box means "that is". Right after a box it offers a choice.
+        ends = [closing_brace(text, box.end()) for box in boxes[-2:]]
+        hedged = any(end and OR_AFTER.match(text, end + 1) for end in ends)
+        denied = NOT_BEFORE.search(text[: boxes[-1].start()][-40:])
+        if hedged or denied or ends[-1] is None:  # None: the box was cut
+            return None
+        return text[boxes[-1].end() : ends[-1]].strip() or None
+    for pattern in MARKED:
+        found = re.match(pattern, text)
+        if found:
+            return found[1].strip() or None
+    return None
+
+
+# One spelling a line, and the LaTeX commands or signs that are replaced by it. Some are our own:
+# ⦃ and ⦄ are the braces of a set, as plain ones only group; ¦{1}{2} is a fraction; ¤ is a space.
+SPELLINGS = r"""
+    <      \lt
+    >      \gt
+    <=     \le \leq \leqslant ≤ ⩽
+    >=     \ge \geq \geqslant ≥ ⩾
+    ≠      \ne \neq !=
+    =      \approx ≈
+    ∈      \in
+    ±      \pm
+    -      − – ‐
+    *      \cdot \times × · ⋅ ∙
+    /      \div ÷ ⁄
+    ^      **
+    ,      &
+    ],[    \\
+    %      \%
+    °      \circ \degree
+    '      \prime ′ ’
+    |      \mid \vert \lvert \rvert
+    ⦃      \{ \lbrace
+    ⦄      \} \rbrace
+    ∞      \infty
+    ∅      \emptyset \varnothing
+    ∪      \cup
+    ∩      \cap
+    √      \sqrt
+    √[3]   ∛
+    √[4]   ∜
+    ¦      \frac \dfrac \tfrac \cfrac
+    \angle ∠
+    ¤      \left \right \big \Big \bigl \bigr \Bigl \Bigr \displaystyle \limits \quad \qquad
+    ¤      \, \; \: \! \( \) \[ \] ~ ` $ \$ € £ ¥
+"""
+GREEK = r"""
+    \alpha \beta \gamma \delta \epsilon \varepsilon \eta \theta \vartheta \kappa \lambda \mu \nu
+    \pi \rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi
+    \Omega
+"""
+SPELLING_OF = dict(zip(GREEK.split(), "αβγδεεηθθκλμνπρστφφχψωΓΔΘΛΣΦΩ", strict=True))
+for line in SPELLINGS.strip().splitlines():
+    spelling, *others = line.split()
+    SPELLING_OF |= dict.fromkeys(others, spelling)
+
+SIGN = r"\\(?:[A-Za-z]+|.)|[$&~`]|!=|\*\*|[^\x00-\x7f]"
+REWRITES = [
+    # Signs. Unicode has its own for ½, x² and x₁.
+    (r"([¼-¾⅐-⅞])", r" \1"),
+    (r"([¹²³⁰-ⁿ]+)", r"^{\1}"),
+    (r"([₀-ₜ]+)", r"_{\1}"),
+    (r"[^\x00-\x7f]+", lambda signs: unicodedata.normalize("NFKC", signs[0])),
+    (r" ?\{,\} ?|,\\! ?", ","),  # 1{,}234 and 1,\!234
+    (r"\*\*(?=[\s.,;:!]|$)|^\*\*", ""),  # **bold** type
+    (r"\\\\\[\w+\]", r"\\\\"),  # \\[4pt]
+    (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1"),
+    (SIGN, lambda sign: SPELLING_OF.get(sign[0], sign[0])),
+    (r"\\(?:text[a-z]*|math[a-z]*|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),  # \text{cm}
+    (r"(?:\s|¤|\\ )+", " "),
+    (r"^ ?\{((?:[^{}]|\{[^{}]*\})*)\} ?$", r"\1"),  # {5}
+    (r" ?\bper ?cent(?:age)?\b", "%"),
+    (r"\^ ?\{ ?° ?\}|\^ ?°| ?\bdegrees?\b", "°"),  # 45^\circ, 45^{\circ}, 45 degrees
+    (r"([A-Za-z]{4})!+$", r"\1"),  # Paris!
+    # A matrix is the list of its rows, [[1,2],[3,4]].
+    (r"[(\[]? ?\\begin\{(?:array\}\{[^{}]*|[pbB]?(?:small)?matrix)\}", "[["),
+    (r"(?:\],\[)? ?\\end\{(?:array|[pbB]?(?:small)?matrix)\} ?[)\]]?", "]]"),
+    # Arguments get braces.
+    (r"√ ?(\[\d+\])? ?(\d+\.?\d*|[a-z])", r"√\1{\2}"),  # √13, \sqrt2
+    (r"¦ ?(\d) ?(?=[\d{])", r"¦{\1}"),  # \frac12, \frac1{12}
+    (r"¦ ?(\{(?:[^{}]|\{[^{}]*\})*\}) ?(\d)", r"¦\1{\2}"),  # \frac{12}5
+    (r"([\^_]) ?(-?\d+|\w)", r"\1{\2}"),  # x^2 is x^{2}
+    # Spaces, where they mean something and where not.
+    (r"(\d), (?=\d{3}\b)", r"\1;"),  # 1, 234 is a list
+    (r"([\d}π]) ?\( ?([A-Za-z ]{3,}?) ?\) ?$", r"\1 \2"),  # 9 (apples)
+    (r"[,;]? ?\band\b ?", ","),  # 6 and 8
+    (r"(?<!\w) | (?!\w)", ""),
+    # Numbers and lists.
+    (
+        r"(?:^|(?<==))-?\d{1,3}([, ])\d{3}(?:\1\d{3})*(?![\d,/])",  # 1,234 and 1 234
+        lambda number: re.sub("[, ]", "", number[0]),
+    ),
+    (r"(?<![\d.^/])(\d+)(?:¦\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),  # 1 1/2
+    (r"(\d)[eE]([+-]?\d+)", r"\1*10^{\2}"),  # 1.5e-3
+    (r"\.(\d*)(?:\\overline\{|\()(\d+)[})]", lambda m: f".{m[1]}{m[2] * 40:.40}"),  # 0.1(6)
+    (r"^([^,±]*)±([^,±]*)$", r"\1+\2,\1-\2"),  # 1 \pm \sqrt2 is a list of two
+    (r"(?:^|(?<=[(\[{,;=]))\+", ""),  # (3,+\infty)
+    # Inequalities and intervals.
+    (r"^([^<>=]+)>(=?)([^<>=]+)$", r"\3<\2\1"),  # x > 5 is 5 < x
+    (r"^([^<>=]+)>(=?)([^<>=]+)>(=?)([^<>=]+)$", r"\5<\4\3<\2\1"),
+    (r"^([^<=]+)<([^<=]+)<([^<=]+)$", r"(\1,\3)"),  # 1 < x < 2 is (1,2)
+    (r"^([^<=]+)<=([^<=]+)<([^<=]+)$", r"[\1,\3)"),
+    (r"^([^<=]+)<([^<=]+)<=([^<=]+)$", r"(\1,\3]"),
+    (r"^([^<=]+)<=([^<=]+)<=([^<=]+)$", r"[\1,\3]"),
+]
+REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
+
+
+def normalize(text):
+    """An answer without its typesetting, and in one spelling where there are several."""
+    text = text.strip().rstrip(" $.,;:\\")
+    for pattern, new in REWRITES:
+        if pattern.search(text):  # few do, and this is faster than sub
+            text = pattern.sub(new, text)
+    return text
+
+
+def power(base, exponent):
+    """base ** exponent, unless it is so huge that it would take forever."""
+    if abs(exponent) * len(str(base)) > 4000:
+        raise OverflowError
+    return base**exponent
+
+
+OPERATORS = {  # how tightly each binds, and what it does
+    "+": (1, operator.add),
+    "-": (1, operator.sub),
+    "*": (2, operator.mul),
+    "/": (2, operator.truediv),
+    "^": (3, power),
+}
+
+
+def parse(tokens, binding=0):
+    """The value of a formula, taken off a stack of tokens, up to an operator that binds no tighter
+    than this."""
+    value = parse_atom(tokens)
+    while tokens and tokens[-1] in OPERATORS:
+        strength, operation = OPERATORS[tokens[-1]]
+        if strength <= binding:
+            break
+        tokens.pop()
+        value = operation(value, parse(tokens, strength))
+    return value
+
+
+def parse_atom(tokens):
+    """The value of a number, a letter, a fraction, a root or something in brackets."""
+    token = tokens.pop()
+    if token == "-":
+        return -parse(tokens, 2)
+    if token in ("(", "{"):
+        value = parse(tokens)
+        if token + tokens.pop() not in ("()", "{}"):
+            raise ValueError  # the brackets do not match
+        return value
+    if token == "¦":
+        return parse_atom(tokens) / parse_atom(tokens)
+    if token[0] == "√":  # or √[3], the third root
+        return float(parse_atom(tokens)) ** (1 / int(token[2:-1] or 2))
+    if token == "π":
+        return math.pi
+    if token[0].isalpha():  # some number of its own for each letter, so that x + 1 is 1 + x
+        return 1 + zlib.crc32(token.encode()) / 2**32
+    return Fraction(token)
+
+
+def number(text):
+    """The value of a normalized number or formula: a Fraction, or a float if a root, pi or a letter
+    is in it; None for anything else."""
+    if len(text) > 400 or re.search(r"^[A-Za-z ]*$| [A-Za-z]{3}|\^\{\w+\}\^", text):
+        return None  # words: "ot" is not "to"; and 2^3^2 is none at all
+    text = re.sub(r"(?<=[\w)}]) ?(?=[^\W\d_]|[(¦√])", "*", text)  # 2x is 2 * x
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|[^\W\d_](?:_\{\w+\})?|√\[\d+\]|[^\s°]", text)[::-1]
+    try:
+        value = parse(tokens)
+        known = value != 0 or isinstance(value, Fraction)  # 0x may be 0, but "0 or" is not
+        usable = known and not tokens and math.isfinite(value)
+    except (ValueError, TypeError, IndexError, ArithmeticError, RecursionError):
+        return None
+    return value if usable else None
+
+
+NO_UNIT = (  # words that change the number before them
+    # Number words: 5 trillion, 3 quarters, 5 hundredths.
+    r"(?i:(?:half|halve|third|quarter|fif|eigh|nin|twelf|ten|hundred|thousand|mil|[a-z]+illion"
+    r"|score|lakh|crore|dozen|zero|one|two|three|four|five|six|seven|eight|nine"
+    r"|eleven|twelve|[a-z]+teen|[a-z]+ty|infinity|infinite|infinitely)(?:th)?s?"
+    # Functions and operations: 4 sin x, 6 factorial, 2 root two.
+    r"|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt)[x-z]?|pi|theta|alpha|beta|dx|abc|xyz"
+    r"|factorial|choose|mod|modulo|squared|cubed|roots?|power|base|remainder|prime|inverse"
+    r"|plus|minus|negative|times|divided|over|by|out|point"
+    # Limits: 7 at most, 6 below zero.
+    r"|at|least|most|more|less|fewer|greater|larger|smaller|maximum|minimum|max|above|below|under"
+    r"|beyond|between|up|from|to|than|about|approx[a-z]*|around|roughly|nearly|almost"
+    # Doubts and denials: 5 maybe, 8 otherwise, 3 is wrong.
+    r"|maybe|perhaps|prob[a-z]+|possibl[ey]|likely|unknown|undefined|uncertain|unsure|guess|think"
+    r"|otherwise|else|any|unless|except|given|depend[a-z]*|ish|can|could|may|might|will|would"
+    r"|should|do|does|and|or|not|no|none|nor|but|if|when|where|is|are|was|were|be"
+    r"|wrong|incorrect|false)\b"
+)
+# A unit is any other word, or a common symbol.
+UNIT_WORD = (
+    rf"(?!{NO_UNIT})(?:[A-Za-z][a-z]{{2,}}|[kcdm]m|[km]g|m[lL]|ft|in|hr|lb|oz|yd|mi|of|an|a"
+    r"|(?<=[ /])[mgshLN])\.?"
+)
+UNIT = re.compile(
+    r"(?s)(.*?)("
+    r"(?<=[\d)}π])(?:%|°[CF]?)"
+    rf"|(?<=\d)(?:[kcm]?m\^\{{[23]\}}|[kcm]m|k?g|(?!{NO_UNIT})[a-z]{{3,}}s)"  # 5cm, 10weeks
+    rf"|(?:(?<=[\dπ]) |(?<=[)}}°]))(?!of\b){UNIT_WORD}(?:[ /]{UNIT_WORD})*(?:\^\{{-?\d\}})?"
+    r")?$"
+)
+
+
+def split_unit(text):
+    """5 and "cm" of "5 cm"; the unit may be nothing."""
+    value, unit = UNIT.match(text).groups("")
+    return value, unit.strip().lower().rstrip("s")
+
+
+def stands_for(text, value):
+    """Is this decimal a value without end, rounded or cut? It takes six digits or more."""
+    endless = isinstance(value, float) or pow(10, 400, value.denominator) > 0
+    if not endless or not re.fullmatch(r"-?(?=[0.]*[1-9](?:\.?\d){5})\d*\.\d+", text):
+        return False
+    scale = 10 ** len(text.partition(".")[2])
+    exact = Fraction(value) * scale
+    rounded = Fraction(text) * scale in (round(exact), math.trunc(exact))
+    return rounded or math.isclose(float(text), value, rel_tol=4e-16)  # a float's last digit is off
+
+
+def equal_numbers(a, b):
+    """Do two normalized texts name one number? None if they are not both numbers."""
+    (a, unit_a), (b, unit_b) = split_unit(a), split_unit(b)
+    x, y = number(a), number(b)
+    if x is None or y is None:
+        return None
+    if unit_a == "%" and not unit_b:  # 12% is 12 or 0.12, but 12 is not 0.12
+        return y in (x, x / 100)
+    if unit_b == "%" and not unit_a:
+        return x in (y, y / 100)
+    if unit_a and unit_b and unit_a != unit_b:
+        return False
+    close = float in (type(x), type(y)) and math.isclose(x, y, rel_tol=1e-12)
+    return x == y or close or stands_for(a, y) or stands_for(b, x)
+
+
+def split_list(text):
+    """The items between the commas that are outside all brackets."""
+    items, depth = [""], 0
+    for sign in text:
+        depth += DEPTH.get(sign, 0)
+        if depth == 0 and sign in ",;":
+            items.append("")
+        else:
+            items[-1] += sign
+    return items
+
+
+def split(text):
+    """An answer of several parts, as its kind and its parts. A kind is a pair of brackets, nothing
+    for a bare list, or the signs between the sides of an equation or inequality."""
+    items = split_list(text)
+    if len(items) > 1:
+        return "", items
+    signs = RELATION.findall(text)
+    if signs:
+        return "".join(signs), RELATION.split(text)
+    whole = re.fullmatch(r"([(\[{⦃])(.*)([)\]}⦄])", text)
+    if whole:
+        return whole[1] + whole[3], split_list(whole[2])
+    return "", items
+
+
+# What may stand before "=" and be left out: x, f(x), P(A), |AB|, \angle ABC, \frac{NO}{BO}. Not 2x
+# or x^2: an equation is no answer to what its other side is.
+NAME = re.compile(
+    r"^(?![a-z] ?[a-z]=)"  # nor xy
+    r"(?:(?:\\(?!ln|log|sin|cos|tan)[A-Za-z]+|¦|[^\W\d_]\d*|_\{\w+\}|\{[A-Za-z ]+\}|\^\{-1\}"
+    r"|[ ':])+(?:[(\[]-?[^-+*/()]*[)\]])?"  # the (x) of f(x)
+    r"|\|[A-Z]+\||\[[A-Z]+\]|\([A-Za-z,]+\))[=∈]"
+    r"|=[^\W\d_]$"  # 5 = x
+)
+RELATION = re.compile("<=|[<=≠∈∪]")
+CHOICE = re.compile(
+    r"(?s)(?i:(?:(?:option|choice) ?)?\(?([A-J]))(?:\)?|[.:)]"
+    # The text of the option: no judgement on it, and no other option.
+    r"(?! ?(?:or|and|nor|not|is|isn|was|are|can|cannot|does|has|wrong|incorrect|maybe|perhaps"
+    r"|probably)\b)"
+    r"(?! ?[,;/&?])(?!.*\b[A-J][).:])(?!.*(?:\bor |,)[A-J]\b)(?! ?[A-J]$)(.+))"
+)
+SPACE = re.compile(r"(?<!\d) | (?!\d)")  # \log _2 n is \log_2n
+WORDS = re.compile(r"(?=.*[A-Za-z]{2})[\w\s'.,?!-]*")
+
+
+def same(a, b, depth=0):
+    """Are two normalized answers the same?"""
+    if a == b or depth > 4:  # no other answer is that deep
+        return a == b != ""
+    chosen_a, chosen_b = CHOICE.fullmatch(a), CHOICE.fullmatch(b)
+    if chosen_a and chosen_b and not (chosen_a[2] and chosen_b[2]):  # C is (C) is "C. Neon"
+        return chosen_b[1] in (chosen_a[1], chosen_a[1].upper())
+    equal = equal_numbers(a, b)
+    if equal is not None:
+        return equal
+    value_a, value_b = NAME.sub("", a), NAME.sub("", b)
+    if (value_a == a) != (value_b == b):  # one has a name: x = 5 is 5
+        return same(value_a, value_b, depth + 1)
+    (kind_a, items_a), (kind_b, items_b) = split(a), split(b)
+    if len(items_a) == len(items_b) and (kind_a or kind_b or len(items_a) > 1):
+        if {kind_a, kind_b} <= {"", "⦃⦄"}:  # these have no order
+            for items in (items_a, items_b):
+                items.sort(key=lambda item: (number(item) or 0, item))
+        elif kind_a != kind_b:
+            return False
+        return all(same(x, y, depth + 1) for x, y in zip(items_a, items_b, strict=True))
+    if WORDS.fullmatch(a):
+        return a.lower() == b.lower()
+    return SPACE.sub("", a) == SPACE.sub("", b)
+
+
+def is_correct(response, gold):
+    """Is the response's final answer the gold one? Any two strings give a bool."""
+    answer = extract_answer(response)
+    if BOX.search(gold):
+        gold = extract_answer(gold)
+    if answer is None or gold is None or len(answer) + len(gold) > 2000:
+        return False  # no answer to a problem is that long
+    return same(normalize(answer), normalize(gold))
+
+
+# ---- 7. The model, its scores and its rollouts ---------------------------------------------------
+# Any causal LM of transformers will do, if logits = hidden @ head.T; a tiny one is made here.
+
+
+def make_model(seed):
+    """A Qwen2 of 0.13M random weights and its tokenizer of 19 tokens."""
+    # The first name is one that AutoTokenizer, when it loads a saved one, would add to any Qwen2's.
+    words = ["<|endoftext|>", "<bos>", "<eos>", *"0123456789+=?;", "\\boxed{", "}"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
+    raw.decoder = decoders.Fuse()
+    raw.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=words[0], bos_token="<bos>", eos_token="<eos>"
+    )
+    torch.manual_seed(int(rng(seed, 0, "weights").integers(2**62)))
+    config = transformers.Qwen2Config(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # 0.02, the default, suits wide models
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def from_disk_or_hub(cfg):
+    """The model and tokenizer that --model names. UserError if they do not load."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+        config = transformers.AutoConfig.from_pretrained(cfg.model)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)  # what learns must be what samples
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, config=config, dtype=getattr(torch, cfg.dtype)
+        )
+        if cfg.gradient_checkpointing:  # under its new name and its old one
+            old = model.gradient_checkpointing_enable
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        return model, tokenizer
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = f"no causal LM and its tokenizer, in a folder or on the hub ({first_line(error)})"
+        raise UserError(f"--model {cfg.model}: {reason}") from error
+
+
+@torch.no_grad()
+def load_model(cfg):
+    """-> (model, tokenizer). UserError if they do not suit this file."""
+    model, tokenizer = from_disk_or_hub(cfg) if cfg.model else make_model(cfg.seed)
+    model.to(cfg.device).eval()
+    # q_from_logits needs logits = hidden @ head.T, and every id that the tokenizer may write.
+    head = model.get_output_embeddings().weight  # [A, D]
+    tokens = torch.arange(8, device=cfg.device)[None]  # [1, 8]
+    logits = model(input_ids=tokens).logits.float()  # [1, 8, A]
+    expected = F.linear(model.base_model(input_ids=tokens).last_hidden_state, head).float()
+    rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
+    if (logits - expected).abs().max() > rounding * expected.abs().max():
+        raise UserError(
+            f"--model {cfg.model}: its logits are not hidden @ lm_head.T, as a bias, a scale or a "
+            "soft cap comes between; take another"
+        )
+    if len(tokenizer) > len(head):
+        raise UserError(f"--model {cfg.model}: its tokenizer has more tokens than the model knows")
+    # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
+    # a top-k and more in their generation_config, and generate() fills from it whatever a caller
+    # leaves open. So a complete one replaces it; only the tokens that end a response are kept.
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {*ends, tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise UserError(f"--model {cfg.model}: it names no end-of-sequence token")
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=cfg.max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),  # any: masks come from lengths
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    return model, tokenizer
+
+
+def encode_prompts(tokenizer, problems, cfg):
+    """Problems, as texts, to prompts: a list of 1-D int64 tensors, in the chat template if there is
+    one. UserError if the tokenizer makes none of them.
+
+    What a problem says is text: a space breaks up the names of special tokens in it, which could
+    end the turn. The template brings its own BOS; without it the tokenizer adds what it adds, but
+    for an EOS, after which there would be nothing to say.
     """
-    if not (mask.any(1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
-        raise ValueError("mask: every row must start with a response token and have no gap")
-    gap = (v - v_ref).masked_fill(~mask, 0)                                        # [B, T]
-    next_gap = F.pad(gap[:, 1:], (0, 1))                       # [B, T] V - V_ref at s_{h+1}
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))                                      # [B, T]
-    outcome = torch.where(last, reward[:, None] / beta, 0)                         # [B, T]
-    return q_ref.masked_fill(~mask, 0) + next_gap + outcome                        # [B, T]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    raw = cfg.raw_prompt or tokenizer.chat_template is None
+    texts = []
+    for problem in problems:
+        problem = problem.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair
+        for name in special:
+            if len(name) > 1 and not name.isspace():
+                problem = problem.replace(name, name[0] + " " + name[1:])
+        texts.append(cfg.prompt.replace("{problem}", problem))
+    if not raw:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        how = {"tokenize": False, "add_generation_prompt": True}
+        try:
+            texts = tokenizer.apply_chat_template(chats, **how)
+        except Exception as error:  # a template is a program, and raises what it likes
+            reason = f"the chat template fails ({first_line(error)}); give --raw-prompt"
+            raise UserError(reason) from error
+    prompts = []
+    for ids in tokenizer(texts, add_special_tokens=raw)["input_ids"]:
+        if raw and ids[-1:] == [tokenizer.eos_token_id]:
+            ids = ids[:-1]
+        if not ids:
+            raise UserError("the prompt is empty: change --prompt, or give --raw-prompt")
+        prompts.append(torch.tensor(ids))
+    return prompts
 
-def reval_loss(q, v, q_ref, v_ref, reward, mask, beta, calibrated=True):
-    """ReVal's loss, eq. (2). Shapes as above. -> (loss, {"residual": [B], in nats}).
 
-    Sum Q - T Q over a response. As Q(s_h, a_h) = V(s_h) + log pi(a_h|s_h), every V(s_{h+1}) comes
-    once with plus and once with minus, and so does V_ref: the sum telescopes to
+def pad(rows, device, side="right"):
+    """1-D tensors -> one tensor [B, T] on device, padded with zeros."""
+    return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
-        residual = V(s_1) - V_ref(s_1) + log pi(response) - log pi_ref(response) - r / beta
 
-    It is the sum that is squared; squaring its parts one by one is reported to collapse.
+def score(model, batch):
+    """Q(s_h, a_h) and V(s_h) of the response tokens of a batch of trajectories.
+    -> (q, v, mask), [B, T] each, 0 in the padding; mask marks the response tokens, EOS included.
 
-    * Calibrated start: while the model equals the reference and r = 0, the residual of every
-      response is 0, and so is the gradient. TBRM (calibrated=False) leaves V_ref(s_1) out, and
-      begins by pushing V(s_1), some 10 nats, down to nothing.
-    * Fixed point: the residual is 0 everywhere for pi* = pi_ref exp(r / beta) / Z, with V*(s_1) =
-      V_ref(s_1) + log Z. Whoever wrote the responses, it is the same: so replay needs no
-      importance weights.
-    * Scale: at the start, with the centered reward, residual = -r / beta, and the gradient of
-      beta/2 * residual^2 is that of REINFORCE with the group's mean as baseline.
-    * beta goes with length: r / beta nats are spread over the tokens of a response, so longer
-      ones want a smaller beta. The paper's two settings have beta * length of about 10.
-    * Not determined: a constant added to all logits of a later state. Only pi and V(s_1) matter.
+    mask comes from lengths, never from comparing with a pad id, which may be the EOS id. The state
+    that chooses a token ends with the token before it: the first one's is the prompt.
+    Shapes: L tokens in the longest prompt and response together, N response tokens in all.
     """
-    target = bellman_target(v, q_ref, v_ref, reward, mask, beta)                   # [B, T]
-    residual = (q - target).masked_fill(~mask, 0).sum(1)                           # [B]
-    if not calibrated:
-        residual = residual + v_ref[:, 0]                                          # [B]
-    return beta / 2 * residual.square().mean(), {"residual": residual.detach()}
+    device = model.device
+    actions = pad([t["response"] for t in batch], device)  # [B, T]
+    lengths = torch.tensor([len(t["response"]) for t in batch], device=device)  # [B]
+    prompts = torch.tensor([len(t["prompt"]) for t in batch], device=device)  # [B]
+    mask = torch.arange(actions.shape[1], device=device) < lengths[:, None]  # [B, T]
+    # The padding is on the right, where a causal model's earlier tokens do not see it: it needs no
+    # attention mask. The last token is left out, for nothing follows it.
+    tokens = pad([torch.cat([t["prompt"], t["response"]])[:-1] for t in batch], device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, L, D]
+    row, h = mask.nonzero(as_tuple=True)  # [N], [N]
+    states = hidden[row, prompts[row] - 1 + h]  # [N, D]
+    head = model.get_output_embeddings().weight  # [A, D]
+    q, v = q_from_logits(states, head, actions[mask])  # [N], [N]
+    zeros = torch.zeros(mask.shape, dtype=q.dtype, device=device)  # [B, T]
+    return zeros.masked_scatter(mask, q), zeros.masked_scatter(mask, v), mask
 
-def grpo_loss(logp, logp_old, advantage, mask, n_tokens, clip_low=0.2, clip_high=0.28):
-    """GRPO's loss, to compare with. -> (loss, {"clipped": share of tokens beyond the clip}).
 
-    logp, logp_old, mask [B, T]; advantage [B], (r - mean) / (std + 1e-6) within the group. The sum
-    is divided by n_tokens, those of the whole batch. Here old data need the importance weight
-    pi / pi_old, and beyond the clip they teach nothing.
+def micro_batches(batch, max_tokens):
+    """The batch as lists of up to max_tokens padded tokens (one response at least), like lengths
+    together, so that little of them is padding."""
+    groups = [[]]
+    for t in sorted(batch, key=lambda t: len(t["prompt"]) + len(t["response"])):
+        size = len(t["prompt"]) + len(t["response"])
+        if groups[-1] and (len(groups[-1]) + 1) * size > max_tokens:
+            groups.append([])
+        groups[-1].append(t)
+    return groups
+
+
+@torch.no_grad()
+def cache_values(model, trajectories, cfg, name):
+    """Writes the model's "q_<name>" and "v_<name>" [T] into each trajectory. The reference's serve
+    at every reuse, so they are computed once: by the live model's function, or equal models would
+    not cancel to zero. GRPO also needs those of the policy that sampled."""
+    for group in progress(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
+        q, v, mask = score(model, group)  # [B, T] each
+        q, v, mask = q.cpu(), v.cpu(), mask.cpu()
+        for i, t in enumerate(group):
+            t[f"q_{name}"] = q[i][mask[i]]  # [T]
+            t[f"v_{name}"] = v[i][mask[i]]  # [T]
+
+
+def distill(model, tokenizer, cfg):
+    """The warm start: supervised learning from the teacher, of -log pi = V - Q.
+
+    RL strengthens what a model does now and then, so the tiny one is first shown how: the teacher
+    writes its work until the model can add, and then mostly leaves it out.
     """
-    ratio = (logp - logp_old).masked_fill(~mask, 0).exp()                          # [B, T]
-    near = ratio.clamp(1 - clip_low, 1 + clip_high)                                # [B, T]
-    gain = torch.minimum(ratio * advantage[:, None], near * advantage[:, None])    # [B, T]
-    clipped = (ratio != near).sum() / n_tokens
-    return -gain.masked_fill(~mask, 0).sum() / n_tokens, {"clipped": clipped}
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    generator = rng(cfg.seed, 0, "distillation")
+    for step in progress(range(cfg.distill_steps), "distilling"):
+        done = step / cfg.distill_steps
+        problems = []
+        answers = []
+        for _ in range(32):
+            problem = make_problem(generator, held_out=False)["problem"]
+            written = done < 0.8 or generator.random() < WRITTEN_SHARE
+            problems.append(problem)
+            answers.append(demonstrate(problem, written) + tokenizer.eos_token)
+        prompts = encode_prompts(tokenizer, problems, cfg)
+        responses = tokenizer(answers, add_special_tokens=False)["input_ids"]
+        batch = [
+            {"prompt": prompt, "response": torch.tensor(response)}
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        q, v, mask = score(model, batch)  # [B, T] each
+        loss = (v - q).sum() / mask.sum()
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        cosine = math.cos(done * math.pi / 2) ** 2
+        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 50, cosine)
+        optimizer.step()
 
 
-# ---- 10. One gradient ----------------------------------------------------------------------------
+@torch.no_grad()
+def sample(model, prompts, cfg, seed):
+    """One response of the policy to each prompt: 1-D int64 tensors, which may go on after the
+    EOS."""
+    if cfg.sampler == "continuous":
+        return sample_continuously(model, prompts, seed)
+    torch.manual_seed(seed)
+    responses = []
+    for start in progress(range(0, len(prompts), 256), "sampling"):
+        chunk = prompts[start : start + 256]
+        # generate() wants the prompts to end side by side: padding goes to the left.
+        tokens = pad(chunk, model.device, "left")  # [B, P]
+        mask = pad([torch.ones_like(prompt) for prompt in chunk], model.device, "left")  # [B, P]
+        sampled = model.generate(tokens, attention_mask=mask)  # [B, P + T]
+        responses += sampled[:, tokens.shape[1] :].cpu()
+    return responses
+
+
+def sample_continuously(model, prompts, seed):
+    """The same by continuous batching. Where generate() waits for the slowest of 256 responses, it
+    puts the next prompt in as soon as one has ended, and pages the cache. Its manager lives for one
+    call, so that nothing computed from old weights outlives them."""
+    on_gpu = model.device.type == "cuda"
+    limits = {} if on_gpu else {"num_blocks": 64, "max_batch_tokens": 512}  # else found by trial
+    outputs = model.generate_batch(
+        [prompt.tolist() for prompt in prompts],
+        warmup=on_gpu,
+        continuous_batching_config=transformers.ContinuousBatchingConfig(seed=seed, **limits),
+    )
+    responses = [torch.tensor(x.generated_tokens) for x in outputs.values() if not x.error]
+    if len(responses) < len(prompts):
+        raise UserError("continuous batching failed, as told above; try --sampler generate")
+    return responses
+
+
+def open_thought(prompt, problem):
+    """What the template has opened and the response is to close: "<think>" or nothing. For what is
+    cut in its thought has concluded nothing, box or not."""
+    tail = prompt.rpartition(problem)[2]
+    return "<think>" if tail.rfind("<think>") > tail.rfind("</think>") else ""
+
+
+def rollout(model, tokenizer, problems, cfg, step, purpose):
+    """Samples one response to each problem. -> trajectories, plain dicts: problem, answer, prompt
+    [P], response [T] (int64, EOS included), text, ended (by itself?), reward (0 or 1), step."""
+    texts = list({p["problem"]: None for p in problems})  # several responses share their prompt
+    known = dict(zip(texts, encode_prompts(tokenizer, texts, cfg), strict=True))
+    prompts = [known[p["problem"]] for p in problems]
+    seed = int(rng(cfg.seed, step, purpose).integers(2**62))
+    responses = sample(model, prompts, cfg, seed)
+    ends = torch.tensor(model.generation_config.eos_token_id)
+    trajectories = []
+    for p, prompt, response in zip(problems, prompts, responses, strict=True):
+        stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
+        ended = bool(stops)
+        if ended:
+            response = response[: stops[0] + 1]
+        # Special tokens are kept in the text: a model may mark its thought by them.
+        text = tokenizer.decode(response[:-1] if ended else response)
+        whole = open_thought(tokenizer.decode(prompt), p["problem"]) + text
+        trajectories.append(
+            {
+                **p,
+                "prompt": prompt,
+                "response": response.clone(),  # else the checkpoint keeps what comes after the EOS
+                "text": text,
+                "ended": ended,
+                "reward": float(ended and is_correct(whole, p["answer"])),
+                "step": step,
+            }
+        )
+    return trajectories
+
+
+# ==================================================================================================
+# PART III: A RUN
+# Its settings, its updates, what it writes down, and the loop around it.
+# ==================================================================================================
+
+# ---- 8. Settings ---------------------------------------------------------------------------------
+# The fields of one dataclass are the flags of the command line. Their defaults are the built-in
+# task's; a preset is a few values in their place.
+
+
+def setting(default, text):
+    """A field with its default and what --help says of it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run. UserError if one is impossible."""
+
+    algo: Literal["reval", "tbrm", "grpo"] = setting("reval", "the loss")
+    model: str | None = setting(None, "a causal LM, folder or hub id; none: a tiny one")
+    data: str | None = setting(None, "JSONL, or hf://datasets/ORG/NAME/FILE; none: sums")
+    eval_data: str | None = setting(None, "to evaluate on; none: a part of --data")
+    prompt: str = setting("{problem}", "text around {problem}")
+    raw_prompt: bool = setting(False, "do without the tokenizer's chat template")
+    steps: int = setting(30, "iterations; 0 only evaluates")
+    prompts: int = setting(16, "problems per iteration")
+    rollouts: int = setting(8, "responses per problem")
+    updates: int = setting(8, "gradient steps per iteration: K")
+    buffer: int = setting(15, "replay buffer, in batches of prompts x rollouts")
+    beta: float = setting(0.05, "price, in reward, of a nat of KL from the reference")
+    lr: float = setting(1.5e-4, "learning rate")
+    warmup: int = setting(5, "iterations over which the learning rate rises")
+    half_life: int = setting(15, "iterations in which it halves; 0: it stays")
+    reward: Literal["raw", "centered"] = setting("raw", "0/1, or less its group's mean")
+    ref_reset: int = setting(0, "iterations between resets of the reference; 0: none")
+    max_new_tokens: int = setting(28, "longest response")
+    micro_batch_tokens: int = setting(16384, "most tokens of one forward and backward")
+    gradient_checkpointing: bool = setting(False, "make activations twice, keep none")
+    offload: bool = setting(False, "keep optimizer, master weights and reference in host memory")
+    device: Literal["cpu", "cuda", "mps"] = setting("cpu", "where it all happens; mps is untested")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of weights that sample and learn")
+    sampler: Literal["generate", "continuous"] = setting("generate", "plain, or made for a GPU")
+    distill_steps: int = setting(1600, "warm-start steps of the tiny model")
+    eval_every: int = setting(10, "iterations between evaluations and printed samples")
+    eval_problems: int = setting(1024, "most held-out problems")
+    eval_samples: int = setting(1, "responses to each of them: n in avg@n")
+    seed: int = setting(0, "of all that is random")
+    save_every: int = setting(10, "iterations between checkpoints")
+    out: str | None = setting(None, "a new folder for the run; none: one under runs/")
+    resume: str | None = setting(None, "folder of a run to go on with; other flags change it")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                choices = ", ".join(get_args(field.type))
+                raise UserError(f"{flag(field.name)} {value}: choose from {choices}")
+            if field.type not in (int, float):
+                continue
+            may_be_zero = field.name in MAY_BE_ZERO
+            if value < 0 or not math.isfinite(value) or (value == 0 and not may_be_zero):
+                range_ = "of at least 0" if may_be_zero else "above 0"
+                raise UserError(f"{flag(field.name)} {value}: give a number {range_}")
+        if self.device == "cuda" and not ON_GPU:
+            raise UserError("--device cuda: PyTorch sees no such GPU; take --device cpu")
+        if self.rollouts == 1 and self.reward == "centered":
+            raise UserError("--reward centered: one response is its own mean; take more --rollouts")
+        if (self.data or self.eval_data) and not self.model:
+            raise UserError("--data needs --model: the tiny model reads nothing but sums")
+        if "{problem}" not in self.prompt:
+            raise UserError("--prompt: write {problem} where the problem goes")
+
+
+ON_GPU = torch.cuda.is_available()
+MAY_BE_ZERO = {"steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed"}
+
+PRESETS = {
+    "toy": {},
+    "r1-distill-1.5b": {  # the paper's first experiment, as far as it tells
+        "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "data": "hf://datasets/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json",
+        "prompt": "{problem} Let's think step by step and output the final answer within "
+        "\\boxed{}.",
+        "steps": 650,
+        "prompts": 128,
+        "updates": 2,
+        "buffer": 5,
+        "beta": 0.002,
+        "lr": 1e-6,
+        "warmup": 0,
+        "half_life": 0,
+        "max_new_tokens": 8192,
+        "gradient_checkpointing": True,
+        "eval_every": 10,
+        "eval_problems": 100,
+        "eval_samples": 16,
+        "save_every": 1,
+        "device": "cuda" if ON_GPU else "cpu",
+        "dtype": "bfloat16" if ON_GPU else "float32",
+        "sampler": "continuous" if ON_GPU else "generate",
+    },
+}
+
+
+def flag(name):
+    """A field of Config as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_args(argv):
+    """The command line as a Config. A preset, or the settings of a run to resume, are defaults in
+    the place of the fields' own; what is given as a flag comes before either."""
+    parser = transformers.HfArgumentParser(
+        Config,
+        prog="reval_min",
+        description=__doc__.split("\n")[0],
+        epilog=f"Presets: {PRESETS}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="to begin with; none: by --data")
+
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse
+    given = parser.parse_args(argv)
+    if given.resume:
+        defaults = saved_settings(given.resume)
+    elif given.preset:
+        defaults = PRESETS[given.preset]
+    else:
+        defaults = PRESETS["r1-distill-1.5b" if given.data or given.eval_data else "toy"]
+    parser.set_defaults(**defaults)
+    settings = vars(parser.parse_args(argv))
+    del settings["preset"]
+    return Config(**settings)
+
+
+def saved_settings(folder):
+    """The settings that the run in a folder was begun with, from its config.json."""
+    try:
+        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        settings = {field.name: saved[field.name] for field in dataclasses.fields(Config)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--resume {folder}: no run of this program ({error})") from error
+    return settings | {"out": str(folder)}
+
+
+def print_settings(cfg):
+    """All settings on a few lines; a star marks those that differ from the defaults."""
+    words = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        star = "" if value == field.default else "*"
+        words.append(f"{star}{field.name}={value!r}")
+    print(textwrap.fill("  ".join(words), 100, break_long_words=False, break_on_hyphens=False))
+
+
+# ---- 9. One update -------------------------------------------------------------------------------
+
 
 def add_signals(trajectories, cfg):
-    """Writes into each trajectory the "signal" its loss sees: the reward, that less the mean of
-    its group (the cfg.rollouts responses to one problem), or GRPO's advantage."""
+    """Writes into each trajectory the "signal" that its loss sees: the reward, or that less the
+    mean of its group (the cfg.rollouts responses to one problem), or GRPO's advantage.
+
+    Centring moves the best policy, although a constant would not. A mean that holds the response
+    itself narrows the gap between right and wrong by 1 - 1/group; and in the buffer means of
+    different ages meet. With one response per problem GRPO's advantage is the reward, as in the
+    trainer that the paper used (mean 0, standard deviation 1).
+    """
     reward = torch.tensor([t["reward"] for t in trajectories]).view(-1, cfg.rollouts)  # [P, R]
-    centered = reward - reward.mean(1, keepdim=True)                               # [P, R]
-    signal = centered if cfg.reward == "centered" else reward                      # [P, R]
-    if cfg.algo == "grpo":
-        signal = centered / (reward.std(1, keepdim=True) + 1e-6)                   # [P, R]
-    for t, value in zip(trajectories, signal.flatten()):
+    signal = reward  # [P, R]
+    if cfg.reward == "centered" or (cfg.algo == "grpo" and cfg.rollouts > 1):
+        signal = reward - reward.mean(1, keepdim=True)  # [P, R]
+    if cfg.algo == "grpo" and cfg.rollouts > 1:
+        signal = signal / (reward.std(1, keepdim=True) + 1e-6)  # [P, R]
+    for t, value in zip(trajectories, signal.flatten(), strict=True):
         t["signal"] = value
+
 
 def master_weights(model, device):
     """The float32 weights that the optimizer changes, on device, with a float32 sum of gradients.
 
     A weight of bfloat16 has steps of 1/256 of its size: a learning rate of 1e-6 would never move
     it. So the sum of many small steps is kept apart, as is the sum of the micro-batches' gradients:
-    backward adds each as soon as it is made, and frees it. A float32 model is its own master.
+    backward adds each as soon as it is made, and frees it. A float32 weight is its own master.
     """
-    def add(master, weight):
-        new = weight.grad.to(master.device)
-        master.grad = new.float() if master.grad is None else master.grad.add_(new)
-        weight.grad = None
+
+    def add_to(master):
+        def add(weight):
+            new = weight.grad.to(master.device, torch.float32)
+            master.grad = new if master.grad is None else master.grad.add_(new)
+            weight.grad = None
+
+        return add
+
     masters = []
     for weight in model.parameters():
-        masters.append(weight)
-        if (weight.dtype, weight.device.type) != (torch.float32, device.type):
-            masters[-1] = weight.detach().to(device, torch.float32, copy=True).requires_grad_()
-            weight.register_post_accumulate_grad_hook(functools.partial(add, masters[-1]))
+        master = weight
+        if weight.dtype != torch.float32 or weight.device.type != device.type:
+            master = weight.detach().to(device, torch.float32, copy=True).requires_grad_()
+            weight.register_post_accumulate_grad_hook(add_to(master))
+        masters.append(master)
     return masters
 
+
 def gradient(model, masters, batch, cfg):
-    """Puts the gradient of the loss of a batch, clipped, into the master weights' .grad. -> figures
-    of the batch.
+    """Puts the gradient of the loss of a batch, clipped to norm 1, into the master weights' .grad.
+    -> figures of the batch.
 
     Micro-batches save memory and change nothing: each sum is divided by a count of the whole
     batch. If something is not finite: FloatingPointError, which names the response.
     """
-    for weight in masters:
-        weight.grad = None
+    for master in masters:
+        master.grad = None
     n_tokens = sum(len(t["response"]) for t in batch)
     stats = dict.fromkeys(("loss", "residual", "v_gap", "kl", "entropy"), 0.0)
-    model.train()  # for gradient checkpointing
+    model.train()  # for gradient checkpointing; dropout is off
     for group in progress(micro_batches(batch, cfg.micro_batch_tokens), "learning"):
-        q, v, mask = score(model, group)                                           # [B, T] each
-        q_ref, v_ref = (pad([t[k] for t in group], q.device) for k in ("q_ref", "v_ref"))  # [B, T]
-        signal = torch.stack([t["signal"] for t in group]).to(q.device)            # [B]
+        q, v, mask = score(model, group)  # [B, T] each
+        q_ref = pad([t["q_ref"] for t in group], q.device)  # [B, T]
+        v_ref = pad([t["v_ref"] for t in group], q.device)  # [B, T]
+        signal = torch.stack([t["signal"] for t in group]).to(q.device)  # [B]
         if cfg.algo == "grpo":
-            logp_old = pad([t["q_old"] - t["v_old"] for t in group], q.device)     # [B, T]
+            logp_old = pad([t["q_old"] - t["v_old"] for t in group], q.device)  # [B, T]
             loss, _ = grpo_loss(q - v, logp_old, signal, mask, n_tokens)
         else:
-            loss, info = reval_loss(q, v, q_ref, v_ref, signal, mask, cfg.beta, cfg.algo == "reval")
+            calibrated = cfg.algo == "reval"
+            loss, info = reval_loss(q, v, q_ref, v_ref, signal, mask, cfg.beta, calibrated)
             loss = loss * len(group) / len(batch)
             stats["residual"] += info["residual"].square().sum().item() / len(batch)
         loss.backward()
@@ -900,45 +1358,34 @@ def gradient(model, masters, batch, cfg):
     model.eval()
     norm = torch.nn.utils.clip_grad_norm_(masters, 1.0).item()
     if not math.isfinite(stats["loss"] + norm):
-        for t in batch if len(batch) > 1 else ():  # taken alone, the culprit names itself
-            gradient(model, masters, [t], cfg)
-        raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm} for {len(batch)} "
-                                 f"responses, the last of step {batch[-1]['step']} to "
-                                 f"{batch[-1]['problem']!r:.200}")
-    stats["residual"] = math.sqrt(stats["residual"]) if cfg.algo != "grpo" else None
+        if len(batch) > 1:
+            for t in batch:  # taken alone, the culprit names itself
+                gradient(model, masters, [t], cfg)
+        raise FloatingPointError(
+            f"loss {stats['loss']}, gradient norm {norm} for {len(batch)} responses, the last of "
+            f"step {batch[-1]['step']} to {batch[-1]['problem']!r:.200}"
+        )
+    stats["residual"] = math.sqrt(stats["residual"])
+    if cfg.algo == "grpo":
+        del stats["residual"]  # it has none
     return stats | {"grad_norm": norm}
+
 
 @torch.no_grad()
 def update(model, masters, optimizer):
-    """One step of the optimizer; the weights that sample follow their masters, in place."""
+    """One step of the optimizer. The weights that sample follow their masters, in place, and the
+    gradients are freed: rollouts want the memory."""
     optimizer.step()
-    for weight, master in zip(model.parameters(), masters):
+    optimizer.zero_grad()
+    for weight, master in zip(model.parameters(), masters, strict=True):
         if weight is not master:
-            weight.copy_(master.to(weight.dtype))
-
-def rehearse(model, masters, optimizer, prompt, cfg):
-    """The longest micro-batch there can be, and an update by nothing. If memory does not suffice,
-    it fails now and not in an hour; the weights, the optimizer and all draws stay as they were."""
-    zeros = torch.zeros(cfg.max_new_tokens)                                        # [T]
-    t = {"prompt": prompt, "response": zeros.long(), "problem": "a rehearsal", "step": 0,
-         "signal": zeros[0], "q_ref": zeros, "v_ref": zeros, "q_old": zeros, "v_old": zeros}
-    length = len(prompt) + cfg.max_new_tokens
-    gradient(model, masters, [t] * max(1, cfg.micro_batch_tokens // length), cfg)
-    for master in masters:
-        master.grad = None if master.grad is None else master.grad.zero_()
-    update(model, masters, optimizer)  # the learning rate is still 0
-    for state in optimizer.state.values():
-        state["step"].zero_()
+            weight.copy_(master)
 
 
-# ---- 11. The record of a run ---------------------------------------------------------------------
+# ---- 10. Evaluation, record and resume -----------------------------------------------------------
 
-METRICS = ("step rollouts updates reward accuracy loss residual v_gap kl grad_norm entropy length "
-           "truncated age seconds_rollout seconds_update").split()
-COLUMNS = {"step": (4, 0), "rollouts": (8, 0), "reward": (6, 3), "accuracy": (8, 3),
-           "residual": (8, 2), "kl": (7, 2), "length": (7, 1), "age": (5, 1), "seconds": (7, 1)}
 
-def replace(path, write):
+def atomic_write(path, write):
     """Writes a file by calling write on an open one beside it, which takes its place when it is
     whole: whatever happens, path is what it was or what it shall be."""
     part = path.with_name(path.name + ".part")
@@ -950,320 +1397,303 @@ def replace(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
         part.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: cannot be written ({reason}); what was there before stays")
+        reason = first_line(error)
+        raise UserError(f"{path}: cannot be written ({reason}); the old one stays") from error
+
+
+def write_rows(path, rows):
+    """Writes a JSONL file."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    atomic_write(path, lambda file: file.write(text.encode()))
+
 
 def write_config(out, cfg):
     """Writes config.json, from which --resume takes the settings."""
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    config = dataclasses.asdict(cfg) | {"out": str(out), "resume": None, "versions": versions}
-    replace(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+    text = json.dumps(dataclasses.asdict(cfg), indent=1)
+    atomic_write(out / "config.json", lambda file: file.write(text.encode()))
+
 
 def open_run(cfg):
-    """Makes the folder of the run, never one that exists, unless to resume. -> its path"""
-    if cfg.resume:
-        return Path(cfg.resume)
-    name = f"runs/{cfg.preset}-{cfg.algo}-s{cfg.seed}"
-    names = [cfg.out] if cfg.out else (name + f"-{n}" * (n > 1) for n in range(1, 10**6))
-    out = Path(next(name for name in names if cfg.out or not Path(name).exists()))
+    """Makes the folder of a new run, never one that exists, and puts its name into cfg.out."""
+    name = cfg.out or f"runs/{'model' if cfg.model else 'toy'}-{cfg.algo}-s{cfg.seed}"
+    out, number = Path(name), 2
+    while out.exists() and not cfg.out:
+        out = Path(f"{name}-{number}")
+        number += 1
     try:
         out.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--out {out}: no folder can be made there ({error.strerror}); name a new "
-                        "one, or continue a run with --resume")
-    write_config(out, cfg)
-    return out
+        reason = f"no folder can be made there ({error.strerror}); name a new one, or --resume it"
+        raise UserError(f"--out {out}: {reason}") from error
+    cfg.out = str(out)
 
-def record(out, row):
-    """Appends a row to metrics.jsonl and prints its main columns."""
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({key: row.get(key) for key in METRICS}) + "\n")
-    row = row | {"seconds": row.get("seconds_rollout", 0) + row.get("seconds_update", 0)}
-    print(" ".join("-".rjust(width) if row.get(key) is None else f"{row[key]:{width}.{digits}f}"
-                   for key, (width, digits) in COLUMNS.items()), flush=True)
 
-def print_samples(trajectories):
-    """One right and one wrong response, as text."""
+class Run:
+    """The state of a run: what the next iteration depends on, and what the past ones have left.
+
+    All of it is saved, in tensors and plain values. Random draws depend on (seed, step, purpose)
+    alone, so that no generator is among it, and a run that goes on is the one that never stopped.
+    """
+
+    def __init__(self, cfg, model, problems):
+        self.model = model
+        self.place = torch.device("cpu") if cfg.offload else model.device
+        self.reference = copy.deepcopy(model).requires_grad_(False).to(self.place)
+        self.masters = master_weights(model, self.place)
+        # The paper left its trainer's defaults: AdamW with betas 0.9 and 0.999 and a weight decay
+        # of 0.01, a constant rate, and a clip of the norm to 1. The first two differ here.
+        self.optimizer = torch.optim.AdamW(
+            self.masters, cfg.lr, betas=(0.9, 0.95), weight_decay=0, fused=True
+        )
+        self.buffer = ReplayBuffer(cfg.buffer * cfg.prompts * cfg.rollouts, cfg.seed)
+        self.history = []  # a row of figures for each step, from 0 on
+        made_with = repr((problems, cfg.algo, cfg.reward))
+        self.fingerprint = zlib.crc32(made_with.encode("utf-8", "replace"))
+
+    def save(self, out):
+        """Writes out/checkpoint.pt."""
+        state = {
+            "fingerprint": self.fingerprint,
+            "masters": [master.detach() for master in self.masters],
+            "optimizer": self.optimizer.state_dict(),
+            "reference": self.reference.state_dict(),
+            "buffer": self.buffer.items,
+            "draws": self.buffer.draws,
+            "history": self.history,
+        }
+        atomic_write(out / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def load(self, out, steps):
+        """Takes the state from out/checkpoint.pt. UserError if it is broken or foreign, or further
+        than steps; nothing in it is ever executed."""
+        try:
+            state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            if state["fingerprint"] != self.fingerprint:
+                raise ValueError("its problems, --algo or --reward have changed; begin a new run")
+            if len(state["history"]) > steps + 1:
+                raise ValueError(f"it is at step {len(state['history']) - 1}; give more --steps")
+            parameters = zip(self.model.parameters(), self.masters, state["masters"], strict=True)
+            with torch.no_grad():
+                for weight, master, saved in parameters:
+                    weight.copy_(master.copy_(saved))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.reference.load_state_dict(state["reference"])
+            self.buffer.add(state["buffer"])
+            self.buffer.draws = state["draws"]
+            self.history = state["history"]
+        except Exception as error:  # whatever a foreign or damaged file makes torch raise
+            reason = f"cannot go on from its checkpoint.pt ({first_line(error):.200})"
+            raise UserError(f"--resume {out}: {reason}") from error
+
+
+def evaluate(model, tokenizer, problems, cfg, step, out):
+    """Answers each problem n = cfg.eval_samples times, as it does in training, and writes all
+    answers to eval-STEP.jsonl. -> figures: accuracy is avg@n, stderr its standard error over
+    problems."""
+    asked = [p for p in problems for _ in range(cfg.eval_samples)]
+    answers = rollout(model, tokenizer, asked, cfg, step, "evaluation")
+    rows = []
+    for t in answers:
+        row = {key: t[key] for key in ("problem", "answer", "text", "ended", "reward")}
+        rows.append(row | {"found": extract_answer(t["text"]), "length": len(t["response"])})
+    write_rows(out / f"eval-{step:05}.jsonl", rows)
+    shares = np.array([t["reward"] for t in answers]).reshape(len(problems), -1).mean(1)
+    return {
+        "accuracy": float(shares.mean()),
+        "stderr": float(shares.std() / math.sqrt(len(problems))),
+        "eval_length": fmean(row["length"] for row in rows),
+        "eval_truncated": fmean(not row["ended"] for row in rows),
+    }
+
+
+COLUMNS = ["step", "rollouts", "reward", "accuracy", "residual", "kl", "length", "age", "seconds"]
+
+
+def record(row, history, out):
+    """Adds a row to the history, writes metrics.jsonl and prints the main figures."""
+    history.append(row)
+    write_rows(out / "metrics.jsonl", history)
+    cells = []
+    for key in COLUMNS:
+        value = row.get(key, "-")
+        cells.append(f"{value:.3f}" if isinstance(value, float) else str(value))
+    print(" ".join(cell.rjust(8) for cell in cells), flush=True)
+
+
+def print_samples(trajectories, history):
+    """One right and one wrong response, as text, and the two commonest reasons why nothing is
+    learnt."""
     for word, reward in (("right", 1), ("wrong", 0)):
-        for t in [t for t in trajectories if t["reward"] == reward][:1]:
-            text = t["text"] + "[cut]" * (not t["ended"])
-            print(f"  {word}: {t['problem']!r:.300} -> {text!r:.300}")
+        for t in trajectories:
+            if t["reward"] == reward:
+                text = t["text"] if t["ended"] else t["text"] + "[cut]"
+                print(f"  {word}: {t['problem']!r:.300} -> {text!r:.300}")
+                break
+    lately = history[1:][-5:]
+    if not any(row["reward"] for row in lately):
+        print("warning: no right answer of late; take easier problems, or more --rollouts")
+    cut = fmean(row["truncated"] for row in lately)
+    if cut > 0.5:
+        print(f"warning: {cut:.0%} of the responses were cut, for nothing; raise --max-new-tokens")
 
-def save_checkpoint(out, progress, model, masters, optimizer, reference, buffer):
-    """Writes out/checkpoint.pt: all that the next iteration depends on, in tensors and plain
-    values. Random draws depend on (seed, step, purpose) alone, so no generator is in it."""
-    names = [name for name, _ in model.named_parameters()]
-    state = {"format": "reval_min 1", "progress": progress, "draws": buffer.draws,
-             "masters": {name: master.detach() for name, master in zip(names, masters)},
-             "optimizer": optimizer.state_dict(), "reference": reference.state_dict(),
-             "buffer": buffer.items}
-    replace(out / "checkpoint.pt", lambda file: torch.save(state, file))
 
-def load_checkpoint(out, cfg, fingerprint, model, masters, optimizer, reference, buffer):
-    """Puts the state of out/checkpoint.pt into these, and cuts the logs back to its step. -> its
-    progress. UserError if it is broken or foreign; nothing in it is ever executed."""
-    try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for (name, weight), master in zip(model.named_parameters(), masters):
-                weight.copy_(master.copy_(state["masters"][name]))
-        optimizer.load_state_dict(state["optimizer"])
-        reference.load_state_dict(state["reference"])
-        buffer.items, buffer.draws = state["buffer"], state["draws"]
-        step = state["progress"]["step"]
-        if step > cfg.steps:
-            raise ValueError(f"it is at step {step} already; give more --steps than that")
-        if state["progress"]["problems"] != fingerprint:
-            raise ValueError("its --data or --eval-data have changed; put them back")
-        extra = step % cfg.eval_every > 0 and step < cfg.steps  # an evaluation only an end makes
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            lines = (out / name).read_text(encoding="utf-8").split("\n")[:-1]  # a torn one, or ""
-            rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-            if extra and name == "eval.jsonl":
-                rows = [row for row in rows if row["step"] < step]
-            elif extra:
-                rows[-1]["accuracy"] = None
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            replace(out / name, lambda file: file.write(text.encode()))
-        return state["progress"]
-    except UserError:
-        raise
-    except Exception as error:  # whatever a foreign or damaged file makes torch and json raise
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"--resume {out}: cannot continue from its checkpoint.pt ({reason:.200})")
-
-def save(model, tokenizer, out):
-    """Writes out/model, for from_pretrained, under that name only when whole; and curves.png."""
+def save_model(model, tokenizer, out):
+    """Writes out/model, for from_pretrained, under that name only when whole."""
     part = out / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        shutil.rmtree(out / "model", ignore_errors=True)  # an older one, if the run was resumed
+        shutil.rmtree(out / "model", ignore_errors=True)  # an older one, if the run went on
         part.rename(out / "model")
     except Exception as error:  # safetensors has an error of its own for a full disk
-        raise UserError(f"{out / 'model'}: cannot be written ({error}); make room, then --resume")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no curves.png: python -m pip install matplotlib")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
-    figure = Figure(figsize=(15, 3), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 5), ("reward", "accuracy", "residual", "kl", "length")):
-        points = [(row["rollouts"], row[key]) for row in rows if row[key] is not None]
-        axis.plot([x for x, _ in points], [y for _, y in points])
-        axis.set(title=key, xlabel="rollouts")
-    replace(out / "curves.png", lambda file: figure.savefig(file, format="png"))
-
-def sickness(rows, before, after):
-    """What is wrong with a run by its last five rows and two evaluations, in plain words with a
-    mend, and a key for each: {key: text}."""
-    rewards, last = [row["reward"] for row in rows[-5:]], rows[-1]
-    doubt = 4 * math.hypot(before["stderr"], after["stderr"]) + 0.02
-    found = {
-        "zero": (len(rewards) == 5 and max(rewards) == 0, "no right answer in five iterations, so "
-                 "nothing to learn from; take easier problems, a better model or more --rollouts"),
-        "one": (len(rewards) == 5 and min(rewards) == 1, "every answer was right for five "
-                "iterations, so nothing is left to learn; take harder problems"),
-        "cut": (last["truncated"] > 0.5, f"{last['truncated']:.0%} of the responses were cut and "
-                "earned nothing; raise --max-new-tokens"),
-        "worse": (after["accuracy"] < before["accuracy"] - doubt,
-                  f"accuracy fell from {before['accuracy']:.3f} to {after['accuracy']:.3f}; lower "
-                  "--lr, or raise --beta")}
-    return {key: text for key, (is_so, text) in found.items() if is_so}
-
-def peak_memory_mb(device):
-    """Peak memory: the GPU's where there is one, else the process's (None on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "win32":
-        return None
-    import resource  # whose unit is a byte on macOS, a kB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+        reason = f"cannot be written ({first_line(error)}); make room, then --resume {out}"
+        raise UserError(f"{out / 'model'}: {reason}") from error
 
 
-# ---- 12. Training --------------------------------------------------------------------------------
+# ---- 11. The training loop -----------------------------------------------------------------------
 
-def evaluate(model, tokenizer, problems, cfg, step, out):
-    """Answers each problem n = cfg.eval_samples times, and appends a row for each to eval.jsonl.
-    -> {"accuracy": avg@n, "stderr": its standard error over problems, "pass@k" for k = 2, 4, ... n:
-    the chance that one of k is right, "length" in tokens, "truncated"}."""
-    n = cfg.eval_samples
-    answers = rollout(model, tokenizer, [p for p in problems for _ in range(n)], cfg, step,
-                      "evaluation", cfg.eval_temperature, cfg.eval_top_p)
-    groups = [answers[i:i + n] for i in range(0, len(answers), n)]
-    with open(out / "eval.jsonl", "a", encoding="utf-8") as file:
-        for p, group in zip(problems, groups):
-            file.write(json.dumps({"step": step, **p, "right": sum(t["reward"] for t in group),
-                                   "samples": [{"answer": extract_answer(t["text"]),
-                                                "right": t["reward"], "ended": t["ended"],
-                                                "length": len(t["response"])} for t in group]})
-                       + "\n")
-    right = [int(sum(t["reward"] for t in group)) for group in groups]
-    passes = {f"pass@{k}": fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in right)
-              for k in (2**i for i in range(1, n.bit_length()))}
-    return {"accuracy": fmean(right) / n, "stderr": float(np.std(right)) / n / len(right)**0.5,
-            **passes, "length": fmean(len(t["response"]) for t in answers),
-            "truncated": fmean(not t["ended"] for t in answers)}
 
-def iterations(first, last):
-    """Yields first ... last. Ctrl-C or SIGTERM ends them after the current one, a second one at
-    once."""
-    asked, before = [], {}
+def learning_rate(cfg, step):
+    """The learning rate of an iteration: it rises from 0 to cfg.lr, and halves every half-life."""
+    rise = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
+    decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1.0
+    return cfg.lr * rise * decay
 
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-    if threading.current_thread() is threading.main_thread():  # no other may
-        before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for step in range(first, last + 1):
-            yield step
-            if asked:
-                return
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 def train(cfg):
     """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
-    begin = time.time()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    device, master_device, ref_device = devices(cfg)
+    start = time.time()
     if not cfg.data:
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     problems, held_out = load_problems(cfg)
-    model, tokenizer = load_model(cfg, device)
-    out = open_run(cfg)
-    print(f"{cfg}\n{device}, {model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} "
-          f"problems, {len(held_out)} held out, results in {out}", flush=True)
+    model, tokenizer = load_model(cfg)
+    if cfg.resume is None or cfg.out != cfg.resume:
+        open_run(cfg)
+    out = Path(cfg.out)
+    print_settings(cfg)
+    print(
+        f"{model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} problems, "
+        f"{len(held_out)} held out, results in {out}",
+        flush=True,
+    )
     if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
-        print(f"distilled: {cfg.distill_steps} steps, {time.time() - begin:.0f} s", flush=True)
-
-    batch_size = cfg.prompts * cfg.rollouts
-    buffer = ReplayBuffer(cfg.buffer * batch_size, cfg.seed)
-    learns = bool(cfg.steps or cfg.resume)
-    if learns:
-        reference = copy.deepcopy(model).requires_grad_(False).to(ref_device)
-        masters = master_weights(model, master_device)
-        optimizer = torch.optim.AdamW(masters, 0.0, (0.9, 0.95), weight_decay=0, fused=True)
-        parts = (model, masters, optimizer, reference, buffer)
-        if device.type == "cuda":
-            longest = max((p["problem"] for p in problems), key=len)
-            rehearse(model, masters, optimizer, encode_prompt(tokenizer, longest, cfg), cfg)
-    fingerprint = zlib.crc32(repr((problems, held_out)).encode("utf-8", "replace"))
-    if cfg.resume:
-        progress = load_checkpoint(out, cfg, fingerprint, *parts)
+        print(f"distilled: {cfg.distill_steps} steps, {time.time() - start:.0f} s", flush=True)
+    if cfg.steps == 0 and not cfg.resume:  # nothing is to be learnt
         write_config(out, cfg)
-    else:
-        before = evaluate(model, tokenizer, held_out, cfg, 0, out)
-        progress = {"step": 0, "tokens": 0, "seconds": 0.0, "elapsed": time.time() - begin,
-                    "before": before, "after": before, "problems": fingerprint}
-    print(" ".join(key.rjust(width) for key, (width, _) in COLUMNS.items()))
-    if not cfg.resume:
-        record(out, {"step": 0, "rollouts": 0, "updates": 0, "accuracy": before["accuracy"]})
-        if learns:
-            save_checkpoint(out, progress, *parts)
-    begin, step, rows, told = time.time() - progress["elapsed"], progress["step"], [], set()
+        figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
+        if not cfg.model:
+            save_model(model, tokenizer, out)
+        return figures | {"seconds": time.time() - start, "out": str(out)}
 
-    for step in iterations(step + 1, cfg.steps):
+    run = Run(cfg, model, (problems, held_out))
+    if cfg.resume:
+        run.load(Path(cfg.resume), cfg.steps)
+    write_config(out, cfg)
+    print(" ".join(key.rjust(8) for key in COLUMNS), flush=True)
+    if not cfg.resume:
+        figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
+        record({"step": 0, "rollouts": 0} | figures, run.history, out)
+        run.save(out)
+
+    for step in range(len(run.history), cfg.steps + 1):
         # 1. Collect: a few problems, several responses to each by the live model.
-        start = time.time()
+        begin = time.time()
         chosen = rng(cfg.seed, step, "prompts").choice(
-            len(problems), cfg.prompts, replace=cfg.prompts > len(problems))
+            len(problems), cfg.prompts, replace=cfg.prompts > len(problems)
+        )
         asked = [problems[i] for i in chosen for _ in range(cfg.rollouts)]
         fresh = rollout(model, tokenizer, asked, cfg, step, "rollout")
         add_signals(fresh, cfg)
-        cache_values(reference.to(device), fresh, cfg, "ref")
-        reference.to(ref_device)
+        cache_values(run.reference.to(cfg.device), fresh, cfg, "ref")
+        run.reference.to(run.place)
         if cfg.algo == "grpo":
             cache_values(model, fresh, cfg, "old")
-        buffer.add(fresh)
+        run.buffer.add(fresh)
         sampled = time.time()
 
         # 2. Learn: once from the fresh batch, then from the buffer (GRPO: the fresh batch again).
-        decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1
-        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, step / max(1, cfg.warmup)) * decay
-        stats, ages = [], []
+        run.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+        figures = []
+        ages = []
         for k in range(cfg.updates):
-            replay = k > 0 and cfg.algo != "grpo"
-            batch = buffer.sample(batch_size) if replay else fresh
-            stats.append(gradient(model, masters, batch, cfg))
-            update(model, masters, optimizer)
-            ages += [step - t["step"] for t in batch if replay]
+            batch = fresh
+            if k > 0 and cfg.algo != "grpo":
+                batch = run.buffer.sample(len(fresh))
+                ages += [step - t["step"] for t in batch]
+            figures.append(gradient(model, run.masters, batch, cfg))
+            update(model, run.masters, run.optimizer)
 
         # 3. Now and then the reference catches up: what was cached from the old one is stale.
         if cfg.ref_reset and step % cfg.ref_reset == 0:
-            reference.load_state_dict(model.state_dict())
-            cache_values(model, buffer.items, cfg, "ref")
+            run.reference.load_state_dict(model.state_dict())
+            cache_values(model, run.buffer.items, cfg, "ref")
         learned = time.time()
 
-        # 4. Tell. Figures of the fresh batch are those of the policy that sampled it.
-        look = step % cfg.eval_every == 0 or step == cfg.steps
-        after = evaluate(model, tokenizer, held_out, cfg, step, out) if look else progress["after"]
-        rows.append(stats[0] | {
-            "step": step, "rollouts": step * batch_size, "updates": step * cfg.updates,
+        # 4. Tell. The figures of the first update are those of the policy that sampled the batch.
+        row = figures[0] | {
+            "step": step,
+            "rollouts": run.history[-1]["rollouts"] + len(fresh),
             "reward": fmean(t["reward"] for t in fresh),
-            "accuracy": after["accuracy"] if look else None,
-            "grad_norm": fmean(s["grad_norm"] for s in stats),
+            "grad_norm": fmean(f["grad_norm"] for f in figures),
             "length": fmean(len(t["response"]) for t in fresh),
-            "truncated": fmean(not t["ended"] for t in fresh), "age": fmean(ages) if ages else None,
-            "seconds_rollout": sampled - start, "seconds_update": learned - sampled})
-        record(out, rows[-1])
+            "truncated": fmean(not t["ended"] for t in fresh),
+            "seconds_rollout": sampled - begin,
+            "seconds": learned - begin,
+        }
+        if ages:
+            row["age"] = fmean(ages)
+        if cfg.device == "cuda":
+            row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        look = step % cfg.eval_every == 0 or step == cfg.steps
         if look:
-            print_samples(fresh)
-        for key, text in sickness(rows, progress["before"], after).items():
-            if key not in told:
-                print("warning:", text, flush=True)
-                told.add(key)
+            row |= evaluate(model, tokenizer, held_out, cfg, step, out)
+        record(row, run.history, out)
+        if look:
+            print_samples(fresh, run.history)
 
         # 5. Keep. After a kill the run goes on from here as if nothing had happened.
-        progress = progress | {
-            "step": step, "after": after, "elapsed": time.time() - begin,
-            "tokens": progress["tokens"] + sum(len(t["response"]) for t in fresh),
-            "seconds": progress["seconds"] + sampled - start}
-        if step % cfg.save_every == 0:
-            save_checkpoint(out, progress, *parts)
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            run.save(out)
 
-    if learns and step % cfg.save_every:
-        save_checkpoint(out, progress, *parts)
-    if step < cfg.steps:
-        raise KeyboardInterrupt(f"stopped after step {step}; go on with --resume {out}")
-    if learns or not cfg.model:
-        save(model, tokenizer, out)
-    before, after, tokens = progress["before"], dict(progress["after"]), progress["tokens"]
-    return {"accuracy_before": before["accuracy"], "accuracy_after": after.pop("accuracy"), **after,
-            "steps": cfg.steps, "rollouts": cfg.steps * batch_size,
-            "updates": cfg.steps * cfg.updates, "tokens_generated": tokens,
-            "seconds": time.time() - begin,
-            "tokens_per_second": tokens / max(progress["seconds"], 1e-9),
-            "peak_memory_mb": peak_memory_mb(device), "out": str(out)}
+    save_model(model, tokenizer, out)
+    last = run.history[-1]
+    return {
+        "accuracy_before": run.history[0]["accuracy"],
+        "accuracy_after": last["accuracy"],
+        "stderr": last["stderr"],
+        "rollouts": last["rollouts"],
+        "seconds": time.time() - start,
+        "out": str(out),
+    }
+
 
 def main(argv):
-    """The command line. -> exit status: 0; 2 after one line on what went wrong; 130 if it was told
-    to stop."""
+    """The command line. -> exit status: 0; 2 after one line on what went wrong; 130 if stopped."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a console cannot show comes out escaped
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    cfg = None
     try:
-        summary = train(parse_args(argv))
-    except KeyboardInterrupt as stop:
-        print(f"reval_min: {stop or 'stopped'}", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        message = ("the GPU's memory is too small; lower --micro-batch-tokens or --max-new-tokens, "
-                   "or give --master-device cpu --ref-device cpu "
-                   f"({str(error).partition('. ')[0]})")
-    except (UserError, FloatingPointError, OSError) as error:
-        message = error
-    else:
-        for key, value in summary.items():
+        cfg = parse_args(argv)
+        for key, value in train(cfg).items():
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
         return 0
+    except KeyboardInterrupt:
+        saved = cfg and cfg.out and Path(cfg.out, "checkpoint.pt").exists()
+        advice = f"; go on with --resume {cfg.out}" if saved else ""
+        print(f"reval_min: stopped{advice}", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        message = (
+            "the GPU's memory is too small; lower --micro-batch-tokens or --max-new-tokens, or "
+            f"give --offload ({str(error).partition('. ')[0]})"
+        )
+    except (UserError, FloatingPointError, OSError) as error:
+        message = error
     print(f"reval_min: error: {message}", file=sys.stderr)
     return 2
 
