@@ -7,16 +7,14 @@ softmax(Q(s, .)) is the policy, with log pi(a|s) = Q(s, a) - V(s). Training make
 equation. Whether it does can be checked on *any* response, whoever wrote it: so old responses are
 used again, from a replay buffer, without importance weights.
 
-    python reval_min.py                     the built-in task, on a laptop: about a minute
+    python reval_min.py                     the built-in task, on a laptop: a minute or two
     python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
     python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: not tried
     python reval_min.py --resume runs/NAME          go on after a stop; --help: every setting
 
-The file is read from top to bottom, and can be left after each part:
-  Part I    the method: Q and V, the Bellman target, the loss, the replay buffer
-  Part II   what it learns from: problems, the answer checker, the model and its rollouts
-  Part III  a run: settings, one update, evaluation and record, the training loop
+The file is read from top to bottom, and can be left after each part: I, the method; II, what it
+learns from (problems, the answer checker, the model and its rollouts); III, a run.
 
 Method: "Off-Policy Value-Based Reinforcement Learning for Large Language Models", Wang et al.,
 arXiv 2603.23355, published without code. Equation numbers are the paper's. Where this file differs
@@ -45,16 +43,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # ==================================================================================================
 # PART I: THE METHOD
-# Nothing but torch, and numpy to draw lots. Three words: a *response* is what the model writes
+# Nothing but torch, and numpy for random draws. Three words: a *response* is what the model writes
 # after a prompt, up to its end-of-sequence token (EOS); to sample one is a *rollout*; a prompt, its
-# response and what is known of them, the reward above all, are a *trajectory*.
+# response and its reward are a *trajectory*.
 # ==================================================================================================
 
 # ---- 1. Q and V ----------------------------------------------------------------------------------
@@ -64,11 +61,11 @@ from tqdm import tqdm
 #
 #     Q(s, a) = logit of a after s           what token a is worth
 #     V(s)    = log sum_a exp Q(s, a)        what the text s is worth
-#     pi(a|s) = exp(Q(s, a) - V(s))          the policy: the softmax, as ever
+#     pi(a|s) = exp(Q(s, a) - V(s))          the policy: the softmax, as usual
 #
-# Why this V? Who may choose a token, and is paid its Q-value plus the entropy of the choice, does
-# best with pi, and gets V on average: logsumexp is the maximum, made soft. All three are in nats,
-# the unit of natural logarithms. Shapes: N states, D hidden size, A actions.
+# Why this V? Suppose you choose a token and are paid its Q-value, plus the entropy of your choice.
+# The best way to choose is pi, and it earns V on average: logsumexp is a soft maximum. Q, V and
+# log pi are in nats, the unit of natural logarithms. Shapes: N states, D hidden size, A actions.
 
 
 def plain_q_and_v(hidden, weight, actions):
@@ -79,14 +76,14 @@ def plain_q_and_v(hidden, weight, actions):
     return q, v
 
 
-# That is all, and the tests hold the rest of this section against it. But 8,192 states and 151,936
-# actions are 5 GB of logits, and their softmax and gradient as much again, of which two numbers a
-# state are wanted. So the fused form walks through the vocabulary block by block, keeps a running
-# logsumexp, and makes each block of logits once more when the gradient is due.
+# That is all, and the tests compare the rest of this section with it. But 8,192 states and 151,936
+# actions are 5 GB of logits, and softmax and gradient as much each, for two numbers a state. So the
+# fused form goes through the vocabulary block by block, with a running logsumexp, and computes each
+# block of logits once more for the gradient.
 
 
 def matmul(a, b):
-    """a @ b in float32 (float64 from float64). A GPU takes bfloat16 operands as they are."""
+    """a @ b in float32 (float64 from float64). On a GPU bfloat16 operands need no wider copy."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -111,7 +108,7 @@ class _QFromLogits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_q, grad_v):
-        # dV(s) / dlogit_a = pi(a|s). dQ(s, a) / dlogit_a = 1; the other logits do not matter to it.
+        # dV(s) / dlogit_a = pi(a|s). dQ(s, a) / dlogit_a = 1 for the action taken, else 0.
         hidden, weight, actions, v = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=v.dtype)  # [N, D]
         grad_weight = torch.empty_like(weight)  # [A, D]
@@ -119,11 +116,10 @@ class _QFromLogits(torch.autograd.Function):
             part = weight[start : start + ctx.block]  # [block, D]
             pi = matmul(hidden, part.T).sub_(v[:, None]).exp_()  # [N, block]
             grad = pi.mul_(grad_v[:, None])  # [N, block], of the logits
-            column = (actions - start).clamp(0, len(part) - 1)  # [N]
-            elsewhere = column != actions - start  # [N] the action is in another block
-            grad.scatter_add_(1, column[:, None], grad_q.masked_fill(elsewhere, 0)[:, None])
+            inside = (actions >= start) & (actions < start + len(part))  # [N] action in this block?
+            grad[inside, actions[inside] - start] += grad_q[inside]
             if hidden.is_cuda:
-                grad = grad.to(hidden.dtype)  # fast products; their sums are float32 all the same
+                grad = grad.to(hidden.dtype)  # for fast products; sums stay in float32
             grad_hidden += matmul(grad, part)  # [N, D]
             grad_weight[start : start + ctx.block] = matmul(grad.T, hidden)  # [block, D]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
@@ -134,10 +130,10 @@ def q_from_logits(hidden, weight, actions, block=4096):
 
     hidden [N, D], weight [A, D] (the LM head), actions [N] int64 -> (q [N], v [N]), as above, in
     float32 (float64 from float64): V is 10 to 40, where bfloat16 has steps of up to a quarter.
-    Differentiable in hidden and weight, in O(N * block) memory. ValueError for shapes that do not
-    fit, IndexError for an action outside the vocabulary.
+    Differentiable in hidden and weight, in O(N * block) memory beside operands and gradients.
+    ValueError for shapes that do not fit, IndexError for an action outside the vocabulary.
     """
-    if hidden.shape != (len(actions), weight.shape[1]):
+    if actions.ndim != 1 or hidden.shape != (len(actions), weight.shape[-1]):
         raise ValueError(
             f"hidden {tuple(hidden.shape)} must be [N, D], for weight {tuple(weight.shape)} [A, D] "
             f"and actions {tuple(actions.shape)} [N]"
@@ -151,9 +147,9 @@ def q_from_logits(hidden, weight, actions, block=4096):
 #
 # From here on in the paper's letters. The response has tokens a_1 ... a_H, and s_h is the text
 # before a_h, so s_1 is the prompt. r is the reward, paid at the last token: 1 if the final answer
-# is right, else 0. The *reference* (Q_ref, V_ref, pi_ref) is the model as it was before training.
-# What is maximized is E[r] - beta * KL(pi || pi_ref), eq. (1): beta is the price, in reward, of
-# moving one nat away from the reference. Shapes: B responses, T tokens in the longest of them.
+# is right, else 0. The *reference* (Q_ref, V_ref, pi_ref) is the model before training, or at its
+# last reset (section 4). What is maximized is E[r] - beta * KL(pi || pi_ref), eq. (1): beta is the
+# price, in reward, of a nat away from the reference. Shapes: B responses, T tokens in the longest.
 
 
 def bellman_target(v, q_ref, v_ref, reward, mask, beta):
@@ -163,9 +159,9 @@ def bellman_target(v, q_ref, v_ref, reward, mask, beta):
                       +  log pi_ref(a_h|s_h) + V_ref(s_h) - V_ref(s_{h+1})     stepwise signal
                       +  V(s_{h+1})                                            bootstrap
 
-    The stepwise signal is what the reference itself thinks of the token; its first two terms are
-    Q_ref(s_h, a_h). After the last token V and V_ref are 0. A response that was cut at the length
-    limit is treated alike, as the paper's finite horizon has it; that it earns 0 is our choice.
+    The stepwise signal is the reference's own opinion of the token: Q_ref(s_h, a_h) less
+    V_ref(s_{h+1}). After the last token V and V_ref are 0. A response that was cut at the length
+    limit ends there too, by the paper's finite horizon; that it earns reward 0 is our choice.
 
     v, q_ref, v_ref [B, T] float; reward [B]; mask [B, T] bool: True on response tokens, which start
     in column 0 and have no gap, else ValueError. Nothing in the padding, not even nan, reaches a
@@ -175,7 +171,7 @@ def bellman_target(v, q_ref, v_ref, reward, mask, beta):
         raise ValueError("mask: every row must start with a response token and have no gap")
     last = mask & ~F.pad(mask[:, 1:], (0, 1))  # [B, T] is it the last token?
     outcome = torch.where(last, reward[:, None] / beta, 0)  # [B, T]
-    # The two values of s_{h+1} are taken together, so that equal models cancel to exactly 0.
+    # V_ref is taken from V first: for equal models the difference is exactly 0.
     gap = (v - v_ref).masked_fill(~mask, 0)  # [B, T]
     next_gap = F.pad(gap[:, 1:], (0, 1))  # [B, T] V(s_{h+1}) - V_ref(s_{h+1})
     return outcome + q_ref.masked_fill(~mask, 0) + next_gap  # [B, T]
@@ -194,47 +190,53 @@ def reval_loss(q, v, q_ref, v_ref, reward, mask, beta, calibrated=True):
     beta / 2 is ours. TBRM, the relative that came before, is the same without V_ref(s_1):
     calibrated=False.
 
-    By hand: 3 words, a response of 2 tokens, r = 1, beta = 0.5. The model's exp(logits) are (1, 2,
-    5) and then (4, 2, 2), the reference's (1, 1, 2) twice; token 1 is taken, then token 0. So V is
-    log 8 twice, V_ref log 4 twice, pi 1/4 and 1/2, pi_ref 1/4 twice, and
+    By hand, with 3 words (0, 1, 2), r = 1 and beta = 0.5:
+
+        state  exp(logits)  exp(reference's)  token   V      V_ref   pi    pi_ref
+        s_1    1, 2, 5      1, 1, 2           1       log 8  log 4   1/4   1/4
+        s_2    4, 2, 2      1, 1, 2           0       log 8  log 4   1/2   1/4
+
     residual = log 8 - log 4 + log(1/4 * 1/2) - log(1/4 * 1/4) - 2 = -0.6137, loss = 0.0942.
     """
     target = bellman_target(v, q_ref, v_ref, reward, mask, beta)  # [B, T]
+    # Unlike in Q-learning, the target is not detached: the V(s_{h+1}) in it learns too.
     residual = (q - target).masked_fill(~mask, 0).sum(1)  # [B]
     if not calibrated:
         residual = residual + v_ref[:, 0]  # [B]
     return beta / 2 * residual.square().mean(), {"residual": residual.detach()}
 
 
-# What this loss promises, and what it does not; each point has its test.
+# What this loss promises, and what not:
 # * Calibrated start. While the model equals the reference, a response without reward has residual
-#   0 and gradient 0, whatever it says. TBRM's residual there is V_ref(s_1), some 10 nats, and it
-#   begins by unlearning them.
+#   0 and gradient 0, whatever it says. In TBRM its residual is V_ref(s_1), 10 to 40 nats, and
+#   training begins by removing them.
 # * Fixed point. All residuals are 0 where pi* = pi_ref * exp(r / beta) / Z, with Z the mean of
-#   exp(r / beta) over the reference's responses, and V*(s_1) = V_ref(s_1) + log Z. Who wrote the
-#   responses does not enter: hence replay without importance weights. (TBRM has the same pi*, with
-#   V*(s_1) = log Z: start and way differ, not the end.)
-# * Coverage. That holds for responses like those in the data. Among these the ratios come out
-#   right; the mass of all others is free, and V takes up the slack. So fresh data must keep coming.
-# * A small residual alone proves nothing. Reference values that are out of date can be fitted to
-#   perfection too, and the policy is then another one.
-# * The whole gradient. The paper prints one, its eq. (4), without the part that flows through
-#   V(s_1). Here it is that of eq. (2), with nothing detached: V held fixed cannot take up what the
-#   policy should not, and on old data the fixed point would depend on who wrote them.
-# * Scale. At the start, with a centred reward (section 9), the gradient is that of REINFORCE with
-#   the group's mean as baseline. That is what beta / 2 is for; Adam does not see it.
-# * beta goes with length: r / beta nats are spread over all tokens of a response. The paper's two
-#   settings both have beta * length of about 10.
+#   exp(r / beta) over the reference's responses, and V*(s_1) = V_ref(s_1) + log Z. It does not say
+#   who wrote the responses: hence replay without importance weights. (TBRM has the same pi*, with
+#   V*(s_1) = log Z. The start and the way differ, not the end.)
+# * Coverage. That needs data with all the responses that matter. For those in the data, the ratios
+#   to each other come out right. The total probability of all others is not determined, and V
+#   absorbs the difference. So fresh data must keep coming.
+# * A small residual alone proves nothing: a model can also fit reference values that are out of
+#   date, and its policy is then another one.
+# * The whole gradient. The paper prints one, eq. (4), without the part through V(s_1). Here it is
+#   that of eq. (2). With V detached nothing could absorb log Z, and on old data the fixed point
+#   would depend on who wrote them.
 # * Not determined is the level of later states: a constant on all logits of s_2, s_3, ... changes
 #   nothing. Only pi and V(s_1) matter.
+# * Scale. At the start, with a reward less its group's mean (section 9), the gradient is that of
+#   REINFORCE. That is what beta / 2 is for. Adam ignores it, but clipping the norm to 1 does not.
+# * beta goes with length, as r / beta nats are spread over all tokens of a response: the paper's
+#   two settings have beta times the typical length of about 10, the built-in task about 1.
 
 
 def grpo_loss(logp, logp_old, advantage, mask, n_tokens, clip_low=0.2, clip_high=0.28):
-    """GRPO's loss, the usual one, to compare with. -> (loss, {"clipped": share of the tokens}).
+    """GRPO's loss, the usual one, to compare with. -> (loss, {"clipped": share past the clip}).
 
     logp, logp_old, mask [B, T]; advantage [B]: (r - mean) / std within the responses to one
     problem. The sum is divided by n_tokens, those of the whole batch. Here a response that another
-    policy wrote needs the importance weight pi / pi_old, and beyond the clip it teaches nothing.
+    policy wrote needs the importance weight pi / pi_old; a token whose weight is already past the
+    clip, in the direction of its advantage, teaches nothing.
     """
     ratio = (logp - logp_old).masked_fill(~mask, 0).exp()  # [B, T]
     near = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
@@ -247,18 +249,13 @@ def grpo_loss(logp, logp_old, advantage, mask, n_tokens, clip_low=0.2, clip_high
 
 
 def rng(seed, step, purpose):
-    """A numpy generator for one purpose at one step. All that is random comes from such a one: an
-    evaluation more cannot shift the training after it, and no generator's state need be saved."""
+    """A numpy generator for one purpose at one step. Every random choice uses such a one: so an
+    extra evaluation does not change the training after it, and no state must be saved."""
     return np.random.default_rng([seed, step, zlib.crc32(purpose.encode())])
 
 
 class ReplayBuffer:
-    """Keeps the newest trajectories, by first in, first out, and draws from them.
-
-    With room for M, batches of B and K updates after each batch, a trajectory is used
-    floor(M/B) * (B/M) * K times, about K, before it leaves: eq. (3). That is once the buffer is
-    full; the first batches, with few others to share the draws, are used more often.
-    """
+    """Keeps the newest trajectories, first in, first out, and draws from them uniformly."""
 
     def __init__(self, capacity, seed=0):
         self.capacity = capacity
@@ -281,21 +278,24 @@ class ReplayBuffer:
 
 
 # ---- 4. One iteration ----------------------------------------------------------------------------
-# The whole method, in ten lines. `train`, at the end of the file, is these lines and what a long
-# run needs besides: evaluation, a log, checkpoints.
+# The whole method, arguments shortened. `train`, at the end of the file, is these lines and what a
+# long run needs besides: evaluation, a log, checkpoints.
 #
-#     fresh = rollout(model, some problems, several responses each)     # reward: is it right?
-#     add_signals(fresh)                                                # r, or r less its mean
-#     cache_values(reference, fresh, "ref")                             # q_ref, v_ref: once for all
+#     fresh = rollout(model, some problems, several responses each)   # reward: is it right?
+#     add_signals(fresh)                                              # r, or that less a mean
+#     cache_values(reference, fresh)                                  # q_ref and v_ref, only once
 #     buffer.add(fresh)
 #     for k in range(K):
-#         batch = fresh if k == 0 else buffer.sample(len(fresh))        # on-policy, then off-policy
-#         gradient(model, batch)                                        # of reval_loss
+#         batch = fresh if k == 0 else buffer.sample(len(fresh))      # on-policy, then off-policy
+#         gradient(model, batch)                                      # of reval_loss
 #         optimizer.step()
-#     every so many iterations, if wished: reference = model            # and cache_values anew
+#     every so many iterations, if wished:                            # a reset
+#         reference = model
+#         cache_values(reference, buffer)                             # the old ones are out of date
 #
 # The paper describes its K updates in more than one way; one fresh batch, then K - 1 draws from the
-# buffer, which already holds it, is our reading.
+# buffer, which already holds it, is our reading. Once the buffer is full, a trajectory is used K
+# times on average, eq. (3); the first ones, with few others beside them, more often.
 
 
 # ==================================================================================================
@@ -305,7 +305,7 @@ class ReplayBuffer:
 
 
 class UserError(Exception):
-    """A user's mistake, told in one line that says how to mend it."""
+    """A user's mistake, told in one line that says how to correct it."""
 
 
 def first_line(error):
@@ -324,7 +324,7 @@ def progress(items, what):
 # A tiny model cannot add in its head, but it can on paper. Its teacher is always right and mostly
 # shows no work: a bad habit to copy, and RL has to find the better one.
 
-WRITTEN_SHARE = 0.1  # of the teacher's answers, in the last part of the warm start
+WRITTEN_SHARE = 0.1  # of the teacher's answers, at the end of the warm start (distill, section 7)
 LONGEST_PROBLEM = 20_000  # characters
 TO_JSONL = 'pandas.read_parquet(FILE).to_json("FILE.jsonl", orient="records", lines=True)'
 
@@ -381,7 +381,7 @@ def read_rows(path):
 
 
 def find_answer(row):
-    """The answer that a row of a data file holds, as text; None if it holds none to check."""
+    """The answer in a row of a data file, as text; None if section 6 finds none to check."""
     for key in ("answer", "final_answer", "solution"):
         value = row.get(key)
         if isinstance(value, list) and len(value) == 1:
@@ -401,7 +401,7 @@ def find_answer(row):
 def read_problems(path):
     """A JSONL file, or one JSON array, of objects with a problem (or question) and an answer (or
     final_answer, or a solution that holds one), names in any case. -> a list of {"problem",
-    "answer"}. Rows that will not do are dropped aloud; UserError if none is left."""
+    "answer"}. Rows that will not do are dropped, with a message; UserError if none is left."""
     rows = read_rows(path)
     problems = {}  # by text: what repeats might be trained on and held out
     dropped = []
@@ -413,7 +413,7 @@ def read_problems(path):
         keys.update(fields)
         problem = fields.get("problem") or fields.get("question")
         answer = find_answer(fields)
-        usable = isinstance(problem, str) and problem.strip() and len(problem) <= LONGEST_PROBLEM
+        usable = isinstance(problem, str) and 0 < len(problem.strip()) <= LONGEST_PROBLEM
         if usable and answer and problem not in problems:
             problems[problem] = {"problem": problem, "answer": answer}
         else:
@@ -432,20 +432,22 @@ def read_problems(path):
 
 
 def load_problems(cfg):
-    """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}."""
+    """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}. Held out
+    are those of --eval-data, else a tenth of --data; at most eval_problems, never trained on."""
     held_out = read_problems(cfg.eval_data)[: cfg.eval_problems] if cfg.eval_data else []
-    if cfg.eval_data and cfg.steps == 0:
+    if cfg.eval_data and cfg.steps == 0 and not cfg.resume:
         return [], held_out
     generator = rng(cfg.seed, 0, "problems")
     if not cfg.data:
         problems = [make_problem(generator, held_out=False) for _ in range(10_000)]
         sums = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
         return problems, held_out or sums
-    problems = read_problems(cfg.data)
+    evaluated = {p["problem"] for p in held_out}
+    problems = [p for p in read_problems(cfg.data) if p["problem"] not in evaluated]
     generator.shuffle(problems)
     n = 0 if held_out else min(cfg.eval_problems, max(1, len(problems) // 10))
-    if n == len(problems):
-        raise UserError(f"{cfg.data}: nothing can be held out of one problem; give --eval-data")
+    if n >= len(problems):
+        raise UserError(f"{cfg.data}: no problem is left to train on beside those held out")
     return problems[n:], held_out or problems[:n]
 
 
@@ -454,9 +456,10 @@ def load_problems(cfg):
 # four steps: extract the final answer, normalize its spelling, parse it if it is a number, compare.
 #  - Strict: in doubt it says no. An answer that was only thought, was cut, hedges, negates or lists
 #    others is wrong. A unit, a currency sign or "x =" may be missing, but not differ.
-#  - Exact: 0.5 is 1/2, but 0.33 is not 1/3. What has no end may be rounded, from six digits on.
+#  - Exact: 0.5 is 1/2, but 0.33 is not 1/3. A value that no decimal gives exactly, as 1/3 or pi,
+#    may be written rounded or cut, with six digits or more.
 #  - Total: any two strings give a verdict, in time linear in their length. Arithmetic, roots, pi
-#    and letters are calculated, functions and words are compared as text.
+#    and letters are evaluated, functions and words are compared as text.
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} are the signs of a set: they do not nest
@@ -591,7 +594,10 @@ REWRITES = [
     ),
     (r"(?<![\d.^/])(\d+)(?:¦\{(\d+)\}\{(\d+)\}| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),  # 1 1/2
     (r"(\d)[eE]([+-]?\d+)", r"\1*10^{\2}"),  # 1.5e-3
-    (r"\.(\d*)(?:\\overline\{|\()(\d+)[})]", lambda m: f".{m[1]}{m[2] * 40:.40}"),  # 0.1(6)
+    (
+        r"\.(\d*)(?:\\overline\{|\()(\d+)[})]",
+        lambda m: f".{m[1]}{m[2] * 40:.40}",
+    ),  # 0.1(6), 40 digits of it
     (r"^([^,±]*)±([^,±]*)$", r"\1+\2,\1-\2"),  # 1 \pm \sqrt2 is a list of two
     (r"(?:^|(?<=[(\[{,;=]))\+", ""),  # (3,+\infty)
     # Inequalities and intervals.
@@ -745,6 +751,27 @@ def equal_numbers(a, b):
     return x == y or close or stands_for(a, y) or stands_for(b, x)
 
 
+# What may stand before "=" and be left out: x, f(x), P(A), |AB|, \angle ABC, \frac{NO}{BO}. Not 2x
+# or x^2: an equation is no answer to what its other side is.
+NAME = re.compile(
+    r"^(?![a-z] ?[a-z]=)"  # nor xy
+    r"(?:(?:\\(?!ln|log|sin|cos|tan)[A-Za-z]+|¦|[^\W\d_]\d*|_\{\w+\}|\{[A-Za-z ]+\}|\^\{-1\}"
+    r"|[ ':])+(?:[(\[]-?[^-+*/()]*[)\]])?"  # the (x) of f(x)
+    r"|\|[A-Z]+\||\[[A-Z]+\]|\([A-Za-z,]+\))[=∈]"
+    r"|=[^\W\d_]$"  # 5 = x
+)
+RELATION = re.compile("<=|[<=≠∈∪]")
+CHOICE = re.compile(
+    r"(?s)(?i:(?:(?:option|choice) ?)?\(?([A-J]))(?:\)?|[.:)]"
+    # The text of the option: no judgement on it, and no other option.
+    r"(?! ?(?:or|and|nor|not|is|isn|was|are|can|cannot|does|has|wrong|incorrect|maybe|perhaps"
+    r"|probably)\b)"
+    r"(?! ?[,;/&?])(?!.*\b[A-J][).:])(?!.*(?:\bor |,)[A-J]\b)(?! ?[A-J]$)(.+))"
+)
+SPACE = re.compile(r"(?<!\d) | (?!\d)")  # \log _2 n is \log_2n
+WORDS = re.compile(r"(?=.*[A-Za-z]{2})[\w\s'.,?!-]*")
+
+
 def split_list(text):
     """The items between the commas that are outside all brackets."""
     items, depth = [""], 0
@@ -770,27 +797,6 @@ def split(text):
     if whole:
         return whole[1] + whole[3], split_list(whole[2])
     return "", items
-
-
-# What may stand before "=" and be left out: x, f(x), P(A), |AB|, \angle ABC, \frac{NO}{BO}. Not 2x
-# or x^2: an equation is no answer to what its other side is.
-NAME = re.compile(
-    r"^(?![a-z] ?[a-z]=)"  # nor xy
-    r"(?:(?:\\(?!ln|log|sin|cos|tan)[A-Za-z]+|¦|[^\W\d_]\d*|_\{\w+\}|\{[A-Za-z ]+\}|\^\{-1\}"
-    r"|[ ':])+(?:[(\[]-?[^-+*/()]*[)\]])?"  # the (x) of f(x)
-    r"|\|[A-Z]+\||\[[A-Z]+\]|\([A-Za-z,]+\))[=∈]"
-    r"|=[^\W\d_]$"  # 5 = x
-)
-RELATION = re.compile("<=|[<=≠∈∪]")
-CHOICE = re.compile(
-    r"(?s)(?i:(?:(?:option|choice) ?)?\(?([A-J]))(?:\)?|[.:)]"
-    # The text of the option: no judgement on it, and no other option.
-    r"(?! ?(?:or|and|nor|not|is|isn|was|are|can|cannot|does|has|wrong|incorrect|maybe|perhaps"
-    r"|probably)\b)"
-    r"(?! ?[,;/&?])(?!.*\b[A-J][).:])(?!.*(?:\bor |,)[A-J]\b)(?! ?[A-J]$)(.+))"
-)
-SPACE = re.compile(r"(?<!\d) | (?!\d)")  # \log _2 n is \log_2n
-WORDS = re.compile(r"(?=.*[A-Za-z]{2})[\w\s'.,?!-]*")
 
 
 def same(a, b, depth=0):
@@ -877,7 +883,7 @@ def from_disk_or_hub(cfg):
             old = model.gradient_checkpointing_enable
             getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         return model, tokenizer
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged folder makes transformers raise
         reason = f"no causal LM and its tokenizer, in a folder or on the hub ({first_line(error)})"
         raise UserError(f"--model {cfg.model}: {reason}") from error
 
@@ -891,7 +897,8 @@ def load_model(cfg):
     head = model.get_output_embeddings().weight  # [A, D]
     tokens = torch.arange(8, device=cfg.device)[None]  # [1, 8]
     logits = model(input_ids=tokens).logits.float()  # [1, 8, A]
-    expected = F.linear(model.base_model(input_ids=tokens).last_hidden_state, head).float()
+    hidden = model.base_model(input_ids=tokens).last_hidden_state  # [1, 8, D]
+    expected = F.linear(hidden, head).float()  # [1, 8, A]
     rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
     if (logits - expected).abs().max() > rounding * expected.abs().max():
         raise UserError(
@@ -923,13 +930,13 @@ def load_model(cfg):
 
 def encode_prompts(tokenizer, problems, cfg):
     """Problems, as texts, to prompts: a list of 1-D int64 tensors, in the chat template if there is
-    one. UserError if the tokenizer makes none of them.
+    one. UserError if a prompt has no token, or the template fails.
 
     What a problem says is text: a space breaks up the names of special tokens in it, which could
-    end the turn. The template brings its own BOS; without it the tokenizer adds what it adds, but
-    for an EOS, after which there would be nothing to say.
+    end the turn. The template brings its own BOS. Without a template the tokenizer adds its special
+    tokens; an EOS at the end is removed, as nothing may follow it.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
     raw = cfg.raw_prompt or tokenizer.chat_template is None
     texts = []
     for problem in problems:
@@ -965,21 +972,22 @@ def score(model, batch):
     """Q(s_h, a_h) and V(s_h) of the response tokens of a batch of trajectories.
     -> (q, v, mask), [B, T] each, 0 in the padding; mask marks the response tokens, EOS included.
 
-    mask comes from lengths, never from comparing with a pad id, which may be the EOS id. The state
-    that chooses a token ends with the token before it: the first one's is the prompt.
-    Shapes: L tokens in the longest prompt and response together, N response tokens in all.
+    mask comes from lengths, never from comparing with a pad id, which may be the EOS id.
+    Shapes: L tokens in the longest prompt and response without its last token, N response tokens
+    in all.
     """
     device = model.device
     actions = pad([t["response"] for t in batch], device)  # [B, T]
-    lengths = torch.tensor([len(t["response"]) for t in batch], device=device)  # [B]
-    prompts = torch.tensor([len(t["prompt"]) for t in batch], device=device)  # [B]
-    mask = torch.arange(actions.shape[1], device=device) < lengths[:, None]  # [B, T]
+    response_lengths = torch.tensor([len(t["response"]) for t in batch], device=device)  # [B]
+    prompt_lengths = torch.tensor([len(t["prompt"]) for t in batch], device=device)  # [B]
+    mask = torch.arange(actions.shape[1], device=device) < response_lengths[:, None]  # [B, T]
     # The padding is on the right, where a causal model's earlier tokens do not see it: it needs no
     # attention mask. The last token is left out, for nothing follows it.
-    tokens = pad([torch.cat([t["prompt"], t["response"]])[:-1] for t in batch], device)
+    tokens = pad([torch.cat([t["prompt"], t["response"]])[:-1] for t in batch], device)  # [B, L]
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, L, D]
     row, h = mask.nonzero(as_tuple=True)  # [N], [N]
-    states = hidden[row, prompts[row] - 1 + h]  # [N, D]
+    # The state s_h ends with the token before a_h: for the first one that is the prompt's last.
+    states = hidden[row, prompt_lengths[row] - 1 + h]  # [N, D]
     head = model.get_output_embeddings().weight  # [A, D]
     q, v = q_from_logits(states, head, actions[mask])  # [N], [N]
     zeros = torch.zeros(mask.shape, dtype=q.dtype, device=device)  # [B, T]
@@ -1014,8 +1022,8 @@ def cache_values(model, trajectories, cfg, name):
 def distill(model, tokenizer, cfg):
     """The warm start: supervised learning from the teacher, of -log pi = V - Q.
 
-    RL strengthens what a model does now and then, so the tiny one is first shown how: the teacher
-    writes its work until the model can add, and then mostly leaves it out.
+    RL can only strengthen what a model already does sometimes. So the tiny one is first shown how:
+    the teacher writes its work until the model can add, and then mostly leaves it out.
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     generator = rng(cfg.seed, 0, "distillation")
@@ -1067,7 +1075,7 @@ def sample_continuously(model, prompts, seed):
     puts the next prompt in as soon as one has ended, and pages the cache. Its manager lives for one
     call, so that nothing computed from old weights outlives them."""
     on_gpu = model.device.type == "cuda"
-    limits = {} if on_gpu else {"num_blocks": 64, "max_batch_tokens": 512}  # else found by trial
+    limits = {} if on_gpu else {"num_blocks": 64, "max_batch_tokens": 512}  # a GPU is measured
     outputs = model.generate_batch(
         [prompt.tolist() for prompt in prompts],
         warmup=on_gpu,
@@ -1080,8 +1088,7 @@ def sample_continuously(model, prompts, seed):
 
 
 def open_thought(prompt, problem):
-    """What the template has opened and the response is to close: "<think>" or nothing. For what is
-    cut in its thought has concluded nothing, box or not."""
+    """ "<think>" if the prompt ends inside a thought that the template has opened, else ""."""
     tail = prompt.rpartition(problem)[2]
     return "<think>" if tail.rfind("<think>") > tail.rfind("</think>") else ""
 
@@ -1092,6 +1099,9 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
     texts = list({p["problem"]: None for p in problems})  # several responses share their prompt
     known = dict(zip(texts, encode_prompts(tokenizer, texts, cfg), strict=True))
     prompts = [known[p["problem"]] for p in problems]
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    if max(len(prompt) for prompt in prompts) + cfg.max_new_tokens > limit:
+        raise UserError(f"the model reads {limit} tokens at most; lower --max-new-tokens")
     seed = int(rng(cfg.seed, step, purpose).integers(2**62))
     responses = sample(model, prompts, cfg, seed)
     ends = torch.tensor(model.generation_config.eos_token_id)
@@ -1133,6 +1143,15 @@ def setting(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+ON_GPU = torch.cuda.is_available()
+MAY_BE_ZERO = {"steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed"}
+
+
+def flag(name):
+    """A field of Config as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclasses.dataclass
 class Config:
     """All settings of a run. UserError if one is impossible."""
@@ -1152,7 +1171,7 @@ class Config:
     lr: float = setting(1.5e-4, "learning rate")
     warmup: int = setting(5, "iterations over which the learning rate rises")
     half_life: int = setting(15, "iterations in which it halves; 0: it stays")
-    reward: Literal["raw", "centered"] = setting("raw", "0/1, or less its group's mean")
+    reward: Literal["raw", "centered"] = setting("raw", "0/1, or minus its group's mean")
     ref_reset: int = setting(0, "iterations between resets of the reference; 0: none")
     max_new_tokens: int = setting(28, "longest response")
     micro_batch_tokens: int = setting(16384, "most tokens of one forward and backward")
@@ -1178,12 +1197,13 @@ class Config:
                 raise UserError(f"{flag(field.name)} {value}: choose from {choices}")
             if field.type not in (int, float):
                 continue
-            may_be_zero = field.name in MAY_BE_ZERO
-            if value < 0 or not math.isfinite(value) or (value == 0 and not may_be_zero):
-                range_ = "of at least 0" if may_be_zero else "above 0"
+            usable = isinstance(value, (int, float)) and 0 <= value < math.inf
+            if not usable or (value == 0 and field.name not in MAY_BE_ZERO):
+                range_ = "of at least 0" if field.name in MAY_BE_ZERO else "above 0"
                 raise UserError(f"{flag(field.name)} {value}: give a number {range_}")
-        if self.device == "cuda" and not ON_GPU:
-            raise UserError("--device cuda: PyTorch sees no such GPU; take --device cpu")
+        found = {"cpu": True, "cuda": ON_GPU, "mps": torch.backends.mps.is_available()}
+        if not found[self.device]:
+            raise UserError(f"--device {self.device}: PyTorch sees no such GPU; take cpu")
         if self.rollouts == 1 and self.reward == "centered":
             raise UserError("--reward centered: one response is its own mean; take more --rollouts")
         if (self.data or self.eval_data) and not self.model:
@@ -1191,9 +1211,6 @@ class Config:
         if "{problem}" not in self.prompt:
             raise UserError("--prompt: write {problem} where the problem goes")
 
-
-ON_GPU = torch.cuda.is_available()
-MAY_BE_ZERO = {"steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed"}
 
 PRESETS = {
     "toy": {},
@@ -1223,11 +1240,6 @@ PRESETS = {
 }
 
 
-def flag(name):
-    """A field of Config as it is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 def parse_args(argv):
     """The command line as a Config. A preset, or the settings of a run to resume, are defaults in
     the place of the fields' own; what is given as a flag comes before either."""
@@ -1245,6 +1257,8 @@ def parse_args(argv):
 
     parser.error = refuse
     given = parser.parse_args(argv)
+    if given.resume and given.preset:
+        refuse("--preset: a resumed run has its settings; change single ones")
     if given.resume:
         defaults = saved_settings(given.resume)
     elif given.preset:
@@ -1281,8 +1295,8 @@ def print_settings(cfg):
 
 
 def add_signals(trajectories, cfg):
-    """Writes into each trajectory the "signal" that its loss sees: the reward, or that less the
-    mean of its group (the cfg.rollouts responses to one problem), or GRPO's advantage.
+    """Writes into each trajectory the "signal" that its loss sees: the reward, or the reward minus
+    the mean of its group (the cfg.rollouts responses to one problem), or GRPO's advantage.
 
     Centring moves the best policy, although a constant would not. A mean that holds the response
     itself narrows the gap between right and wrong by 1 - 1/group; and in the buffer means of
@@ -1327,7 +1341,9 @@ def master_weights(model, device):
 
 def gradient(model, masters, batch, cfg):
     """Puts the gradient of the loss of a batch, clipped to norm 1, into the master weights' .grad.
-    -> figures of the batch.
+    -> figures of the batch: loss; residual, the root of its mean square; v_gap, the mean of V(s_1)
+    - V_ref(s_1); kl, the mean of log pi - log pi_ref of a response; entropy, that of -log pi of a
+    token; grad_norm, before it is clipped.
 
     Micro-batches save memory and change nothing: each sum is divided by a count of the whole
     batch. If something is not finite: FloatingPointError, which names the response.
@@ -1387,7 +1403,7 @@ def update(model, masters, optimizer):
 
 def atomic_write(path, write):
     """Writes a file by calling write on an open one beside it, which takes its place when it is
-    whole: whatever happens, path is what it was or what it shall be."""
+    whole: whatever happens, path is the old file or the complete new one."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1398,7 +1414,7 @@ def atomic_write(path, write):
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
         part.unlink(missing_ok=True)
         reason = first_line(error)
-        raise UserError(f"{path}: cannot be written ({reason}); the old one stays") from error
+        raise UserError(f"{path}: cannot be written ({reason}); what was there stays") from error
 
 
 def write_rows(path, rows):
@@ -1429,7 +1445,7 @@ def open_run(cfg):
 
 
 class Run:
-    """The state of a run: what the next iteration depends on, and what the past ones have left.
+    """The state of a run: what the next iteration depends on, and the history.
 
     All of it is saved, in tensors and plain values. Random draws depend on (seed, step, purpose)
     alone, so that no generator is among it, and a run that goes on is the one that never stopped.
@@ -1447,8 +1463,8 @@ class Run:
         )
         self.buffer = ReplayBuffer(cfg.buffer * cfg.prompts * cfg.rollouts, cfg.seed)
         self.history = []  # a row of figures for each step, from 0 on
-        made_with = repr((problems, cfg.algo, cfg.reward))
-        self.fingerprint = zlib.crc32(made_with.encode("utf-8", "replace"))
+        fixed = repr((problems, cfg.algo, cfg.reward))  # may not change on the way
+        self.fingerprint = zlib.crc32(fixed.encode("utf-8", "replace"))
 
     def save(self, out):
         """Writes out/checkpoint.pt."""
@@ -1506,6 +1522,7 @@ def evaluate(model, tokenizer, problems, cfg, step, out):
     }
 
 
+# The age is that of the replayed responses, in iterations; seconds are without the evaluation.
 COLUMNS = ["step", "rollouts", "reward", "accuracy", "residual", "kl", "length", "age", "seconds"]
 
 
@@ -1555,7 +1572,7 @@ def save_model(model, tokenizer, out):
 
 
 def learning_rate(cfg, step):
-    """The learning rate of an iteration: it rises from 0 to cfg.lr, and halves every half-life."""
+    """cfg.lr, times a linear rise over the warm-up, times a halving every half-life."""
     rise = min(1.0, step / cfg.warmup) if cfg.warmup else 1.0
     decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1.0
     return cfg.lr * rise * decay
@@ -1564,10 +1581,10 @@ def learning_rate(cfg, step):
 def train(cfg):
     """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
     start = time.time()
-    if not cfg.data:
-        torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     problems, held_out = load_problems(cfg)
     model, tokenizer = load_model(cfg)
+    if model.num_parameters() < 1e6:
+        torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     if cfg.resume is None or cfg.out != cfg.resume:
         open_run(cfg)
     out = Path(cfg.out)
@@ -1595,6 +1612,7 @@ def train(cfg):
     if not cfg.resume:
         figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
         record({"step": 0, "rollouts": 0} | figures, run.history, out)
+    if cfg.out != cfg.resume:  # in a new folder a full disk is found now
         run.save(out)
 
     for step in range(len(run.history), cfg.steps + 1):
@@ -1657,8 +1675,10 @@ def train(cfg):
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(out)
 
-    save_model(model, tokenizer, out)
     last = run.history[-1]
+    if "accuracy" not in last:  # a resumed run that was complete, but for this
+        last |= evaluate(model, tokenizer, held_out, cfg, cfg.steps, out)
+    save_model(model, tokenizer, out)
     return {
         "accuracy_before": run.history[0]["accuracy"],
         "accuracy_after": last["accuracy"],

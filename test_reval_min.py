@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -28,7 +29,6 @@ import subprocess
 import sys
 import time
 import zlib
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -48,14 +48,29 @@ torch.set_num_threads(1)
 # ---- Helpers -------------------------------------------------------------------------------------
 
 
-def rows_of(out):
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").open(encoding="utf-8")]
+def rows_of(out, name="metrics.jsonl"):
+    """The rows of a JSONL file of a run."""
+    return [json.loads(line) for line in Path(out, name).open(encoding="utf-8")]
 
 
-def timeless(rows):
-    """Rows without what may differ between two runs of one seed."""
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+def timeless(out):
+    """The rows of a run without what may differ between two of one seed."""
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows_of(out)]
+
+
+def json_lines(path, rows):
+    """Writes rows as JSON lines. -> the path, as text."""
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    return str(path)
+
+
+def flags(settings):
+    """Settings as a command line."""
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return words
 
 
 def values():
@@ -84,9 +99,7 @@ def trajectories(n=12, dtype=torch.float32):
 
 
 def flat_grad(weights):
-    """The gradients of weights (or of a model), as one vector."""
-    if isinstance(weights, torch.nn.Module):
-        weights = weights.parameters()
+    """The gradients of weights, as one vector."""
     return torch.cat([w.grad.flatten() for w in weights])
 
 
@@ -95,8 +108,7 @@ def refusal(argv, capsys):
     capsys.readouterr()
     assert rm.main(argv) == 2, argv
     error = capsys.readouterr().err
-    assert error.startswith("reval_min: error: ")
-    assert error.count("\n") == 1, error
+    assert error.startswith("reval_min: error: ") and error.count("\n") == 1, error
     return error
 
 
@@ -104,15 +116,25 @@ def refusal(argv, capsys):
 def start(tmp_path_factory):
     """A warm start of few steps, shared by every test that learns: the folder of its run."""
     out = tmp_path_factory.mktemp("start") / "run"
-    argv = ["--steps", "0", "--distill-steps", "400", "--eval-problems", "512"]
+    argv = ["--steps", "0", "--distill-steps", "300", "--eval-problems", "256"]
     assert rm.main([*argv, "--seed", str(SEED), "--out", str(out)]) == 0
     return out
 
 
+@functools.cache
+def sums(seed, eval_problems, load=rm.load_problems):
+    """The built-in problems, made once for all runs."""
+    return load(rm.Config(seed=seed, eval_problems=eval_problems))
+
+
 @pytest.fixture
-def quick(start, tmp_path):
+def quick(start, tmp_path, monkeypatch):
     """Makes the Config of a short run of the built-in task from the shared start."""
     numbers = itertools.count()
+    load = rm.load_problems
+
+    def remembered(cfg):
+        return load(cfg) if cfg.data else sums(cfg.seed, cfg.eval_problems)
 
     def make(**changes):
         defaults = {"prompts": 4, "rollouts": 4, "updates": 3, "buffer": 3, "lr": 1e-4, "warmup": 0}
@@ -120,6 +142,7 @@ def quick(start, tmp_path):
         defaults |= {"model": str(start / "model"), "out": str(tmp_path / f"run{next(numbers)}")}
         return rm.Config(**(defaults | changes))
 
+    monkeypatch.setattr(rm, "load_problems", remembered)
     return make
 
 
@@ -128,11 +151,8 @@ def real_tokenizer(chat=False):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<s>", "</s>", "<user>"],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    how = {"special_tokens": ["<s>", "</s>", "<user>"], "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **how)
     raw.train_from_iterator(["What is 1 + 2? The answer is \\boxed{3}."] * 9, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
@@ -185,16 +205,15 @@ def test_q_from_logits_equals_the_plain_form(block):
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     actions = torch.tensor([0, 6, 3, 3, 5])
     mix = torch.randn(2, 5, dtype=torch.float64)
+    fused = functools.partial(rm.q_from_logits, actions=actions, block=block)
     plain = torch.stack(rm.plain_q_and_v(hidden, weight, actions))
-    ours = torch.stack(rm.q_from_logits(hidden, weight, actions, block))
+    ours = torch.stack(fused(hidden, weight))
     assert torch.allclose(ours, plain, rtol=1e-12)
     expected = torch.autograd.grad((plain * mix).sum(), (hidden, weight))
     found = torch.autograd.grad((ours * mix).sum(), (hidden, weight))
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda h, w: rm.q_from_logits(h, w, actions, block), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(fused, (hidden, weight))
 
 
 def test_q_from_logits_precision_and_errors():
@@ -206,14 +225,12 @@ def test_q_from_logits_precision_and_errors():
     q, v = rm.q_from_logits(hidden, weight, actions, block=16)
     exact_q, exact_v = rm.plain_q_and_v(hidden.double(), weight.double(), actions)
     assert q.dtype == v.dtype == torch.float32
-    assert (q - exact_q).abs().max() < 1e-5
-    assert (v - exact_v).abs().max() < 1e-5
+    assert (q - exact_q).abs().max() < 1e-5 and (v - exact_v).abs().max() < 1e-5
     (q - v).sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="hidden"):
-        rm.q_from_logits(hidden, weight, torch.arange(5))
-    with pytest.raises(ValueError, match="hidden"):
-        rm.q_from_logits(hidden[:, :4], weight, actions)
+    for misfit in ((hidden, torch.arange(5)), (hidden[:, :4], actions), (hidden, actions[:, None])):
+        with pytest.raises(ValueError, match="hidden"):
+            rm.q_from_logits(misfit[0], weight, misfit[1])
     for outside in (-1, 50):
         with pytest.raises(IndexError):
             rm.q_from_logits(hidden, weight, torch.full((6,), outside))
@@ -267,106 +284,73 @@ def test_example_of_the_docstring():
     assert target[0].tolist() == pytest.approx([math.log(2), 2])
 
 
-def slow_residuals(q, v, q_ref, v_ref, reward, mask, beta, calibrated=True):
-    """Eq. (2) as it is printed, one trajectory and one token at a time, in Python floats."""
-    out = []
-    for i in range(len(q)):
-        total = v[i, 0].item() - reward[i].item() / beta
-        if calibrated:
-            total -= v_ref[i, 0].item()
-        for h in range(int(mask[i].sum())):
-            total += (q[i, h] - v[i, h]).item() - (q_ref[i, h] - v_ref[i, h]).item()
-        out.append(total)
-    return out
-
-
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_reval_loss_equals_a_slow_oracle(calibrated):
-    """Eq. (2): the loss of ReVal and of TBRM against plain loops, and beta / 2 before it."""
-    q, v, q_ref, v_ref, reward, mask = values()
-    loss, info = rm.reval_loss(q, v, q_ref, v_ref, reward, mask, 0.1, calibrated)
-    slow = slow_residuals(q, v, q_ref, v_ref, reward, mask, 0.1, calibrated)
-    assert info["residual"].tolist() == pytest.approx(slow, rel=1e-10)
-    assert loss.item() == pytest.approx(0.1 / 2 * fmean(x * x for x in slow), rel=1e-10)
-
-
-def test_bellman_target_equals_a_slow_oracle():
-    """The combined operator, term by term: outcome at the last token, stepwise, bootstrap. The sum
-    of Q - T Q over a response is eq. (2), although no single one is."""
+def test_loss_and_target_equal_slow_oracles(calibrated):
+    """Eq. (2) in plain loops, and the target term by term. The sum of Q - T Q over a response is
+    eq. (2), although no single one is. Nothing is detached from the gradient."""
     q, v, q_ref, v_ref, reward, mask = values()
     target = rm.bellman_target(v, q_ref, v_ref, reward, mask, 0.1)
-    whole = slow_residuals(q, v, q_ref, v_ref, reward, mask, 0.1)
+    slow = []
     for i, length in enumerate(mask.sum(1).tolist()):
+        outcome = reward[i].item() / 0.1
+        total = (v - v_ref)[i, 0].item() - outcome
         for h in range(length):
-            expected = (q_ref - v_ref)[i, h] + v_ref[i, h]
-            if h == length - 1:
-                expected += reward[i] / 0.1
-            else:
-                expected += v[i, h + 1] - v_ref[i, h + 1]
-            assert target[i, h].item() == pytest.approx(expected.item(), rel=1e-10)
+            total += (q - v)[i, h].item() - (q_ref - v_ref)[i, h].item()
+            expected = q_ref[i, h].item() + outcome
+            if h < length - 1:
+                expected = q_ref[i, h].item() + (v - v_ref)[i, h + 1].item()
+            assert target[i, h].item() == pytest.approx(expected, rel=1e-10)
         assert not target[i, length:].any()
         parts = (q - target)[i, :length].tolist()
-        assert sum(parts) == pytest.approx(whole[i], rel=1e-10)
-        assert length == 1 or parts[0] != pytest.approx(whole[i], rel=1e-3)
+        assert sum(parts) == pytest.approx(total, rel=1e-10)
+        assert length == 1 or parts[0] != pytest.approx(total, rel=1e-3)
+        slow.append(total if calibrated else total + v_ref[i, 0].item())
+    how = (q_ref, v_ref, reward, mask, 0.1, calibrated)
+    loss, info = rm.reval_loss(q, v, *how)
+    assert info["residual"].tolist() == pytest.approx(slow, rel=1e-10)
+    assert loss.item() == pytest.approx(0.1 / 2 * fmean(x * x for x in slow), rel=1e-10)
+    operands = (q.requires_grad_(), v.requires_grad_())
+    assert torch.autograd.gradcheck(lambda q, v: rm.reval_loss(q, v, *how)[0], operands)
 
 
 def test_grpo_loss_equals_a_slow_oracle():
-    """GRPO: the clipped gain of each token, over a given number of tokens; beyond the clip a token
-    teaches nothing."""
+    """GRPO: the clipped gain of each token; beyond the clip it teaches nothing."""
     logp, _, logp_old, _, reward, mask = values()
-    advantage = reward - 0.6
-    loss, info = rm.grpo_loss(logp.requires_grad_(), logp_old, advantage, mask, n_tokens=7)
+    how = (logp_old, reward - 0.6, mask, 7)
+    loss, info = rm.grpo_loss(logp.requires_grad_(), *how)
     loss.backward()
-    total = 0.0
-    clipped = 0
-    kinds = set()
+    total, clipped, kinds = 0.0, 0, set()
     for i, h in mask.nonzero().tolist():
+        advantage = reward[i].item() - 0.6
         ratio = (logp[i, h] - logp_old[i, h]).exp().item()
         near = min(max(ratio, 0.8), 1.28)
         clipped += ratio != near
-        gain = min(ratio * advantage[i].item(), near * advantage[i].item())
-        beyond = gain != ratio * advantage[i].item()
+        gain = min(ratio * advantage, near * advantage)
+        beyond = gain != ratio * advantage
         assert (logp.grad[i, h] == 0) == beyond
-        kinds.add((beyond, advantage[i].item() > 0, ratio > 1))
+        kinds.add((beyond, advantage > 0, ratio > 1))
         total -= gain
     assert len(kinds) > 4  # beyond or not, above and below, right and wrong
     assert loss.item() == pytest.approx(total / 7, rel=1e-10)
     assert info["clipped"].item() == pytest.approx(clipped / 7)
-
-
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_loss_gradients_equal_finite_differences(calibrated):
-    """The whole gradient: nothing is detached, it flows through every Q and V that enters."""
-    q, v, q_ref, v_ref, reward, mask = values()
-
-    def loss_of(q, v):
-        return rm.reval_loss(q, v, q_ref, v_ref, reward, mask, 0.1, calibrated)[0]
-
-    assert torch.autograd.gradcheck(loss_of, (q.requires_grad_(), v.requires_grad_()))
-    assert torch.autograd.gradcheck(
-        lambda logp: rm.grpo_loss(logp, q_ref, reward - 0.5, mask, 10)[0], (q,)
-    )
+    assert torch.autograd.gradcheck(lambda logp: rm.grpo_loss(logp, *how)[0], (logp,))
 
 
 def test_padding_and_masks():
     """bellman_target: nan in the padding reaches no value or gradient; a broken mask is refused."""
-    q, v, q_ref, v_ref, reward, mask = values()
-    dirty = [x.masked_fill(~mask, torch.nan).requires_grad_() for x in (q, v, q_ref, v_ref)]
-    for clean, loss in (
-        (
-            rm.reval_loss(q, v, q_ref, v_ref, reward, mask, 0.1),
-            rm.reval_loss(*dirty, reward, mask, 0.1),
-        ),
-        (rm.grpo_loss(q, v, reward, mask, 10), rm.grpo_loss(*dirty[:2], reward, mask, 10)),
-    ):
-        gradients = torch.autograd.grad(loss[0], dirty[:2])
-        assert loss[0].item() == clean[0].item()
-        for gradient in gradients:
-            assert gradient.isfinite().all()
-            assert gradient[mask].any()
-            assert not gradient[~mask].any()
+    *clean, reward, mask = values()
+    dirty = [x.masked_fill(~mask, torch.nan).requires_grad_() for x in clean]
+
+    def losses(q, v, q_ref, v_ref):
+        yield rm.reval_loss(q, v, q_ref, v_ref, reward, mask, 0.1)[0]
+        yield rm.grpo_loss(q, v, reward, mask, 10)[0]
+
+    for loss, expected in zip(losses(*dirty), losses(*clean), strict=True):
+        assert loss.item() == expected.item()
+        for gradient in torch.autograd.grad(loss, dirty[:2]):
+            assert gradient.isfinite().all() and gradient[mask].any() and not gradient[~mask].any()
     target = rm.bellman_target(*dirty[1:], reward, mask, 0.1)
-    assert target.equal(rm.bellman_target(v, q_ref, v_ref, reward, mask, 0.1))
+    assert target.equal(rm.bellman_target(*clean[1:], reward, mask, 0.1))
     for bad in ([[True, False], [False, False]], [[True, True], [False, True]], [[], []]):
         bad = torch.tensor(bad, dtype=torch.bool)
         x = torch.zeros(bad.shape)
@@ -377,46 +361,38 @@ def test_padding_and_masks():
 # ---- What the loss promises, and what it does not ------------------------------------------------
 
 
-def test_calibrated_start_is_exactly_zero():
-    """Calibrated start: model = reference and r = 0 give loss and gradient 0.0, not nearly;
-    TBRM's residual is V_ref(s_1)."""
+def test_first_gradients():
+    """Calibrated start: model = reference and r = 0 give loss and gradient 0.0; TBRM's residual is
+    V_ref(s_1). Scale: with a centered reward the gradient is that of REINFORCE with a baseline."""
     model, _ = rm.make_model(0)
     batch = trajectories()
     q, v, mask = rm.score(model, batch)
     zero = torch.zeros(len(batch))
-    ours, _ = rm.reval_loss(q, v, q.detach(), v.detach(), zero, mask, 0.05)
-    ours.backward(retain_graph=True)
-    assert ours.item() == 0
-    assert not flat_grad(model).any()
-    tbrm, info = rm.reval_loss(q, v, q.detach(), v.detach(), zero, mask, 0.05, calibrated=False)
-    tbrm.backward()
-    assert torch.allclose(info["residual"], v[:, 0].detach(), atol=1e-5)
-    assert flat_grad(model).abs().max() > 1e-4
+    q_ref, v_ref = q.detach(), v.detach()
 
+    def gradient_of(loss):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        return flat_grad(model.parameters())
 
-def test_first_gradient_is_reinforce():
-    """Scale: with the centered reward the first gradient is that of REINFORCE with the group's
-    mean as baseline."""
-    model, _ = rm.make_model(0)
+    calm, _ = rm.reval_loss(q, v, q_ref, v_ref, zero, mask, 0.05)
+    assert calm.item() == 0 and not gradient_of(calm).any()
+    tbrm, info = rm.reval_loss(q, v, q_ref, v_ref, zero, mask, 0.05, calibrated=False)
+    assert torch.allclose(info["residual"], v_ref[:, 0], atol=1e-5)
+    assert gradient_of(tbrm).abs().max() > 1e-4
     model.double()
-    batch = [t | {"prompt": torch.tensor([1, 5, 6])} for t in trajectories(8)]  # one group
-    q, v, mask = rm.score(model, batch)
+    group = [t | {"prompt": torch.tensor([1, 5, 6])} for t in batch[:8]]
+    q, v, mask = rm.score(model, group)
     reward = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0], dtype=torch.float64)
     centered = reward - reward.mean()
     loss, _ = rm.reval_loss(q, v, q.detach(), v.detach(), centered, mask, beta=0.05)
-    reinforce = -(centered * (q - v).masked_fill(~mask, 0).sum(1)).mean()
-    loss.backward(retain_graph=True)
-    ours = flat_grad(model)
-    model.zero_grad()
-    reinforce.backward()
-    theirs = flat_grad(model)
-    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
-    assert theirs.norm() > 0.1
+    reinforce = gradient_of(-(centered * (q - v).masked_fill(~mask, 0).sum(1)).mean())
+    assert (gradient_of(loss) - reinforce).norm() < 1e-6 * reinforce.norm()
+    assert reinforce.norm() > 0.1
 
 
 def test_later_states_have_no_level():
-    """Not determined: a constant on all logits of a later state moves its Q and V alike and
-    changes nothing; on the first state it changes the loss."""
+    """Not determined: a constant on all logits of a later state. On the first one's it matters."""
     q, v, q_ref, v_ref, reward, mask = values()
     shift = torch.randn(q.shape, dtype=q.dtype)
     later = shift.clone()
@@ -446,8 +422,7 @@ def table(seed):
 def q_and_v(logits, rows):
     """Q and V of the two tokens of responses, which are given by number: [B, 2] each."""
     first, second = logits
-    a1 = rows // 3
-    a2 = rows % 3
+    a1, a2 = rows // 3, rows % 3
     q = torch.stack([first[a1], second[a1, a2]], 1)
     v = torch.stack([first.logsumexp(0).expand(len(rows)), second.logsumexp(1)[a1]], 1)
     return q, v
@@ -466,8 +441,8 @@ def best_policy(reference):
 
 
 def fit(begin, rows, q_ref, v_ref, calibrated=True, held=False):
-    """Gradient descent on the loss of the responses of rows, to the end; V(s_1) held fixed in the
-    gradient, if wished, as in eq. (4). -> (logits, loss)."""
+    """Gradient descent on the loss of the responses of rows, to where it rests, which is at a loss
+    of 0; or with V(s_1) held fixed in the gradient, as in eq. (4). -> logits"""
     logits = [x.clone().requires_grad_() for x in begin]
     optimizer = torch.optim.SGD(logits, lr=4.0, momentum=0.8)
     mask = torch.ones(len(rows), 2, dtype=torch.bool)
@@ -481,7 +456,8 @@ def fit(begin, rows, q_ref, v_ref, calibrated=True, held=False):
         loss.backward()
         optimizer.step()
     assert flat_grad(logits).norm() < 1e-6
-    return [x.detach() for x in logits], loss.item()
+    assert held or loss < 1e-10
+    return [x.detach() for x in logits]
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
@@ -489,31 +465,26 @@ def fit(begin, rows, q_ref, v_ref, calibrated=True, held=False):
 def test_fixed_point_from_off_policy_data(begin, rows, calibrated):
     """Fixed point: whoever wrote the data and wherever the model begins, it ends at
     pi_ref exp(r / beta) / Z, with V(s_1) = V_ref(s_1) + log Z; TBRM too, with V(s_1) = log Z."""
-    reference = table(0)
-    q_ref, v_ref = q_and_v(reference, rows)
-    logits, loss = fit(table(begin), rows, q_ref, v_ref, calibrated)
-    best, log_z = best_policy(reference)
-    expected = log_z
+    q_ref, v_ref = q_and_v(table(0), rows)
+    logits = fit(table(begin), rows, q_ref, v_ref, calibrated)
+    best, level = best_policy(table(0))
     if calibrated:
-        expected += v_ref[0, 0].item()
-    assert loss < 1e-10
+        level += v_ref[0, 0].item()
     assert torch.allclose(policy(logits), best, atol=1e-4)
-    assert logits[0].logsumexp(0).item() == pytest.approx(expected, abs=1e-3)
+    assert logits[0].logsumexp(0).item() == pytest.approx(level, abs=1e-3)
 
 
 def test_coverage():
-    """Coverage: with a part of the responses in the data the loss is 0 too and the ratios among
-    these are right; the mass of the others is free, and V takes up the slack."""
+    """Coverage: ratios among those seen are right, the others' mass is free; V takes the slack."""
     seen = torch.tensor([1, 4, 5, 7])
     reference = table(0)
     q_ref, v_ref = q_and_v(reference, seen)
     wanted = (policy(reference).log() + REWARD / BETA)[seen]
     masses = []
     for begin in (0, 1):
-        logits, loss = fit(table(begin), seen, q_ref, v_ref)
+        logits = fit(table(begin), seen, q_ref, v_ref)
         found = policy(logits)[seen].log()
         slack = logits[0].logsumexp(0) - v_ref[0, 0]
-        assert loss < 1e-10
         assert torch.allclose(found - found[0], wanted - wanted[0], atol=1e-3)
         assert torch.allclose(wanted - found, slack.expand(len(seen)), atol=1e-3)
         masses.append(policy(logits)[seen].sum().item())
@@ -522,64 +493,37 @@ def test_coverage():
 
 
 def test_a_small_residual_proves_nothing():
-    """Half of the cached reference values are out of date: they are fitted to perfection, and the
-    policy is the best one of neither reference."""
-    old = table(2)
-    new = table(0)
-    q_ref, v_ref = q_and_v(new, EVERY)
-    stale_q, stale_v = q_and_v(old, EVERY)
-    q_ref[::2] = stale_q[::2]
-    v_ref[::2] = stale_v[::2]
-    logits, loss = fit(new, EVERY, q_ref, v_ref)
-    assert loss < 1e-10
+    """With half of the reference values out of date: a perfect fit, and neither best policy."""
+    old, new = table(2), table(0)
+    stale = torch.stack(q_and_v(old, EVERY))
+    mixed = torch.stack(q_and_v(new, EVERY))
+    mixed[:, ::2] = stale[:, ::2]
+    logits = fit(new, EVERY, *mixed)
     for reference in (old, new):
         assert (policy(logits) - best_policy(reference)[0]).abs().max() > 0.05
 
 
 def test_v_held_fixed_depends_on_who_wrote_the_data():
-    """The whole gradient: without its part through V(s_1) the policy comes to rest elsewhere, and
-    where depends on who wrote the data; with it the test above finds the best policy from both."""
+    """The whole gradient: without its part through V(s_1), where it ends depends on the data."""
     reference = table(0)
-    best, _ = best_policy(reference)
     rest = []
     for rows in (EVERY, UNEVEN):
-        logits, _ = fit(reference, rows, *q_and_v(reference, rows), held=True)
-        rest.append(policy(logits))
-        assert (rest[-1] - best).abs().max() > 0.1
+        rest.append(policy(fit(reference, rows, *q_and_v(reference, rows), held=True)))
+        assert (rest[-1] - best_policy(reference)[0]).abs().max() > 0.1
     assert (rest[0] - rest[1]).abs().max() > 0.02
 
 
 def test_beta_goes_with_length():
-    """r / beta nats are spread over all tokens: with beta * length fixed, the same nats a token
-    lift a right response to where its residual is 0."""
+    """With beta * length fixed, the same nats a token make a right response's residual 0."""
     for length in (1, 4, 16):
-        log_pi_ref = torch.randn(1, length, dtype=torch.float64)
-        v = torch.randn(1, length, dtype=torch.float64)
-        mask = torch.ones(1, length, dtype=torch.bool)
-        q = v + log_pi_ref + 1 / 2
+        log_pi_ref, v = torch.randn(2, 1, length, dtype=torch.float64)
         q_ref = v + log_pi_ref
-        _, info = rm.reval_loss(q, v, q_ref, v, torch.ones(1), mask, beta=2 / length)
+        mask = torch.ones(1, length, dtype=torch.bool)
+        _, info = rm.reval_loss(q_ref + 1 / 2, v, q_ref, v, torch.ones(1), mask, beta=2 / length)
         assert abs(info["residual"].item()) < 1e-9
 
 
-# ---- One update: scores, micro-batches, master weights -------------------------------------------
-
-
-def test_score_reads_the_state_before_each_token():
-    """score: the log-softmax of the model's own logits, one unpadded sequence at a time."""
-    model, _ = rm.make_model(0)
-    batch = trajectories()
-    q, v, mask = rm.score(model, batch)
-    assert mask.sum(1).tolist() == [len(t["response"]) for t in batch]
-    for i, t in enumerate(batch):
-        P, T = len(t["prompt"]), len(t["response"])
-        logits = model(input_ids=torch.cat([t["prompt"], t["response"]])[None]).logits[0]
-        states = logits[P - 1 : P + T - 1]
-        logp = states.log_softmax(-1)[torch.arange(T), t["response"]]
-        assert torch.allclose((q - v)[i, :T], logp, atol=1e-5)
-        assert torch.allclose(v[i, :T], states.logsumexp(-1), atol=1e-5)
-        assert not q[i, T:].any()
-        assert not v[i, T:].any()
+# ---- One update: scores, micro-batches, master weights, buffer and signals -----------------------
 
 
 @pytest.mark.parametrize("algo", ["reval", "tbrm", "grpo"])
@@ -592,12 +536,12 @@ def test_batch_layout_does_not_matter(algo, dtype, rtol):
     batch = trajectories(13, dtype)
     cfg = rm.Config(algo=algo)
     stats = rm.gradient(model, masters, batch, cfg)
-    whole = flat_grad(model)
+    whole = flat_grad(model.parameters())
     assert whole.norm() > 0.1
     for layout, tokens in ((batch, 1), (batch[::-1], 30), (batch[5:] + batch[:5], 10**6)):
         small = dataclasses.replace(cfg, micro_batch_tokens=tokens)
         again = rm.gradient(model, masters, layout, small)
-        assert (flat_grad(model) - whole).norm() < rtol * whole.norm()
+        assert (flat_grad(model.parameters()) - whole).norm() < rtol * whole.norm()
         assert again == pytest.approx(stats, rel=100 * rtol, abs=1e-5)
 
 
@@ -608,19 +552,18 @@ def test_micro_batches():
         return len(t["prompt"]) + len(t["response"])
 
     batch = trajectories(30)
+    counts = []
     for most in (1, 30, 10**6):
         groups = rm.micro_batches(batch, most)
         assert sum(groups, []) == sorted(batch, key=size)
         for group in groups:
             assert len(group) == 1 or len(group) * max(map(size, group)) <= most
-    assert len(rm.micro_batches(batch, 1)) == 30
-    assert 5 < len(rm.micro_batches(batch, 30)) < 20
-    assert len(rm.micro_batches(batch, 10**6)) == 1
+        counts.append(len(groups))
+    assert counts[0] == 30 and 5 < counts[1] < 20 and counts[2] == 1
 
 
 def test_bfloat16_micro_batches_add_up_in_float32():
-    """24 micro-batches of a bfloat16 model: its masters hold the sum of their gradients to float32
-    precision. What is left to a float32 model is the rounding inside the 24 passes."""
+    """24 micro-batches of a bfloat16 model: its masters sum their gradients in float32."""
     cpu = torch.device("cpu")
     model, _ = rm.make_model(0)
     low = copy.deepcopy(model).bfloat16()
@@ -636,22 +579,21 @@ def test_bfloat16_micro_batches_add_up_in_float32():
         for part in (low, plain):
             q, v, _ = rm.score(part, [t])
             (q - v).sum().backward()
-        total = total + flat_grad(plain).double()
+        total = total + flat_grad(plain.parameters()).double()
     found = flat_grad(masters)
-    assert found.dtype == torch.float32
-    assert all(p.grad is None for p in low.parameters())
+    assert found.dtype == torch.float32 and all(p.grad is None for p in low.parameters())
     assert (found - total).norm() < 1e-6 * total.norm()
     rm.cache_values(model, batch, rm.Config(), "ref")
     rm.cache_values(model, batch, rm.Config(), "old")
     for algo in ("reval", "grpo"):
         rm.gradient(model, own, batch, rm.Config(algo=algo))
         rm.gradient(low, masters, batch, rm.Config(algo=algo, micro_batch_tokens=1))
-        exact = flat_grad(model)
+        exact = flat_grad(model.parameters())
         assert (flat_grad(masters) - exact).norm() < 0.02 * exact.norm()
 
 
 def test_master_weights_keep_small_steps():
-    """At a learning rate of 1e-6 a bfloat16 weight never moves; with masters it follows float32."""
+    """No step of 1e-6 moves a bfloat16 weight; its master moves. Gradients are freed."""
 
     def trained(dtype, with_masters, steps=300):
         torch.manual_seed(0)
@@ -665,6 +607,7 @@ def test_master_weights_keep_small_steps():
             for w in masters:
                 w.grad = (torch.rand(w.shape, generator=generator) + 1).to(w.dtype)
             rm.update(model, masters, optimizer)
+            assert all(w.grad is None for w in [*model.parameters(), *masters])
         return torch.cat([w.flatten() for w in model.parameters()]).float().detach()
 
     begin = trained(torch.bfloat16, False, steps=0)
@@ -678,29 +621,20 @@ def test_master_weights_keep_small_steps():
     assert not torch.equal(kept[large], begin[large])
 
 
-# ---- Random draws, buffer and signals ------------------------------------------------------------
-
-
-def test_random_draws_have_a_purpose():
-    """rng: the same seed, step and purpose draw the same; another of the three draws otherwise."""
-
-    def drawn(*which):
-        return tuple(rm.rng(*which).integers(2**62, size=3).tolist())
-
-    assert drawn(0, 1, "rollout") == drawn(0, 1, "rollout")
-    others = [(0, 1, "rollout"), (1, 1, "rollout"), (0, 2, "rollout"), (0, 1, "evaluation")]
-    assert len({drawn(*which) for which in others}) == 4
-
-
 def test_buffer():
-    """First in, first out; uniform, without replacement, removing nothing; seeded."""
-    buffer = rm.ReplayBuffer(5, seed=1)
-    buffer.add(range(3))
-    assert len(buffer) == 3
-    assert sorted(buffer.sample(10)) == [0, 1, 2]
-    assert len(buffer) == 3
-    buffer.add(range(3, 8))
-    assert buffer.items == [3, 4, 5, 6, 7]
+    """rng: the same seed, step and purpose draw the same; another of the three draws otherwise. The
+    buffer: first in, first out; uniform, without replacement, removing nothing; seeded."""
+    which = [(0, 1, "a"), (0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b")]
+    drawn = [rm.rng(*each).integers(2**62) for each in which]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 4
+    buffer, twin = (rm.ReplayBuffer(5, seed=1) for _ in range(2))
+    for b in (buffer, twin):
+        b.add(range(3))
+        assert len(b) == 3 and sorted(b.sample(10)) == [0, 1, 2] and len(b) == 3
+        b.add(range(3, 8))
+        assert b.items == [3, 4, 5, 6, 7]
+    assert [buffer.sample(3) for _ in range(4)] == [twin.sample(3) for _ in range(4)]
+    assert buffer.sample(3) != buffer.sample(3)
     counts = dict.fromkeys(buffer.items, 0)
     for _ in range(2000):
         sample = buffer.sample(2)
@@ -709,23 +643,17 @@ def test_buffer():
             counts[item] += 1
     chi2 = sum((n - 800) ** 2 / 800 for n in counts.values())
     assert chi2 < 18  # four degrees of freedom: one seed in a thousand would exceed it
-    first = rm.ReplayBuffer(5, seed=1)
-    second = rm.ReplayBuffer(5, seed=1)
-    first.add(range(5))
-    second.add(range(5))
-    assert [first.sample(3) for _ in range(4)] == [second.sample(3) for _ in range(4)]
-    assert first.sample(3) != first.sample(3)
-
-
-def signals(rewards, **settings):
-    """The signals that add_signals makes of rewards."""
-    batch = [{"reward": float(r)} for r in rewards]
-    rm.add_signals(batch, rm.Config(**settings))
-    return [t["signal"].item() for t in batch]
 
 
 def test_signals():
-    """Raw, centered within the group, or GRPO's advantage, which is the reward for a group of 1."""
+    """Raw, centered, or GRPO's advantage, which is the reward for a group of 1. Centering narrows
+    the gap between right and wrong by 1 - 1 / group: exact, over all groups right by 0.3."""
+
+    def signals(rewards, **settings):
+        batch = [{"reward": float(r)} for r in rewards]
+        rm.add_signals(batch, rm.Config(**settings))
+        return [t["signal"].item() for t in batch]
+
     rewards = [1, 0, 0, 0, 1, 1, 1, 1]
     assert signals(rewards, rollouts=4) == rewards
     centered = signals(rewards, rollouts=4, reward="centered")
@@ -733,23 +661,16 @@ def test_signals():
     grpo = signals(rewards, rollouts=4, algo="grpo")
     assert grpo == pytest.approx([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0], abs=1e-4)
     assert signals(rewards, rollouts=1, algo="grpo") == rewards
+    for group in (2, 4):
+        gap = 0.0
+        for rewards in itertools.product([0, 1], repeat=group):
+            others = math.prod({0: 0.7, 1: 0.3}[r] for r in rewards[1:])
+            first = signals(rewards, rollouts=group, reward="centered")[0]
+            gap += others * first * {0: -1, 1: 1}[rewards[0]]
+        assert gap == pytest.approx(1 - 1 / group, rel=1e-5)
 
 
-@pytest.mark.parametrize("group", [2, 4])
-def test_centering_narrows_the_gap(group):
-    """add_signals: a mean that holds the response itself narrows the gap between right and wrong by
-    1 - 1 / group. Exact: the expectation over all groups of responses that are right by 0.3."""
-    groups = list(itertools.product([0, 1], repeat=group))
-    sums = {0: 0.0, 1: 0.0}
-    for rewards in groups:
-        share = math.prod({0: 0.7, 1: 0.3}[r] for r in rewards)
-        signal = signals(rewards, rollouts=group, reward="centered")
-        sums[rewards[0]] += share * signal[0]
-    gap = sums[1] / 0.3 - sums[0] / 0.7
-    assert gap == pytest.approx(1 - 1 / group, rel=1e-5)
-
-
-# ---- The checker ---------------------------------------------------------------------------------
+# ---- The checker and the problems ----------------------------------------------------------------
 
 # The policy by example: answer, gold, verdict. An answer without a backslash at its head is a whole
 # response; one that starts with "=" is what the box holds.
@@ -837,13 +758,8 @@ def test_checker_policy(answer, gold, verdict):
     assert rm.is_correct(response, gold) is verdict
 
 
-def test_checker_policy_is_balanced():
-    """A checker that always says yes, or no, would fail half of the examples."""
-    assert 0.4 <= fmean(not verdict for *_, verdict in POLICY) <= 0.6
-
-
 def test_checker_on_random_strings():
-    """Any two strings give a bool; an answer equals itself, in a box, spaced or set in dollars."""
+    """Any two strings give a bool; an answer equals itself; the examples are not one-sided."""
     parts = [*r"12 x,;()[]+-*/=<>%^_.!&A:e{}½²π∞٣", "\n", "or", "and", "####", "answer is"]
     parts += ["<think>", "</think>", "<answer>", "</answer>", "\0", "\ud800", "9" * 50, "E5"]
     parts += [r"\boxed{", r"\frac", r"\sqrt", r"\{", r"\}", r"\text{", r"\begin{pmatrix}"]
@@ -857,9 +773,7 @@ def test_checker_on_random_strings():
         for form in ("X", " X ", "$X$", "{X}", "\\displaystyle X", "X."):
             answer = "\\boxed{" + form.replace("X", gold) + "}"
             assert rm.is_correct(answer, gold), answer
-
-
-# ---- The problems --------------------------------------------------------------------------------
+    assert 0.4 <= fmean(verdict for *_, verdict in POLICY) <= 0.6
 
 
 def test_built_in_task():
@@ -867,30 +781,20 @@ def test_built_in_task():
     the order of the numbers; the tiny model has the words for all of it, and the room."""
     assert rm.demonstrate("47+85+36=?", True) == r"7+5+6=18;4+8+3+1=16;\boxed{168}"
     assert rm.demonstrate("47+85+36=?", False) == r"\boxed{168}"
-    train, held_out = rm.load_problems(rm.Config(eval_problems=500))
-    for p in train[:500] + held_out:
+    parts = rm.load_problems(rm.Config(eval_problems=500))
+    for p in parts[0][:500] + parts[1]:
         for written in (True, False):
             assert rm.is_correct(rm.demonstrate(p["problem"], written), p["answer"])
         units, tens, _ = rm.demonstrate(p["problem"], True).split(";")
         for work in (units, tens):
             terms, _, total = work.partition("=")
             assert sum(map(int, terms.split("+"))) == int(total)
-    keys = []
-    for part in (train, held_out):
-        keys.append({tuple(sorted(re.findall(r"\d+", p["problem"]))) for p in part})
-    assert len(keys[1]) > 450
-    assert not keys[0] & keys[1]
+    keys = [{tuple(sorted(re.findall(r"\d+", p["problem"]))) for p in part} for part in parts]
+    assert len(keys[1]) > 450 and not keys[0] & keys[1]
     tokenizer = rm.make_model(0)[1]
     text = rm.demonstrate("99+98+97=?", True)
     ids = tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    assert len(ids) <= rm.Config().max_new_tokens
-    assert tokenizer.decode(ids[:-1]) == text
-
-
-def json_lines(path, rows):
-    """Writes rows as JSON lines. -> the path, as text."""
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
-    return str(path)
+    assert len(ids) <= rm.Config().max_new_tokens and tokenizer.decode(ids[:-1]) == text
 
 
 def test_reading_problems(tmp_path, monkeypatch, capsys):
@@ -918,9 +822,10 @@ def test_reading_problems(tmp_path, monkeypatch, capsys):
     assert asked == [(("org/name", "sub/f.json"), {"repo_type": "dataset"})]
 
 
-@pytest.mark.parametrize(
-    "fields, answer",
-    [
+def test_answers_of_a_data_file(tmp_path, capsys):
+    """The first of answer, final_answer and solution that holds one; a list of one is its item;
+    other lists, objects, true and NaN are nothing to compare with: dropped aloud."""
+    good = [
         ({"answer": "3", "final_answer": "4", "solution": r"\boxed{5}"}, "3"),
         ({"answer": "", "final_answer": "4"}, "4"),
         ({"answer": None, "solution": r"It is \boxed{5}, as $1 + 4 = 5$."}, "5"),
@@ -928,26 +833,19 @@ def test_reading_problems(tmp_path, monkeypatch, capsys):
         ({"answer": ["3"]}, "3"),
         ({"final_answer": [0.5]}, "0.5"),
         ({"answer": 0}, "0"),
+        ({"answer": 10**400}, str(10**400)),
         ({"answer": r"\frac{1}{2}"}, r"\frac{1}{2}"),
-        ({"solution": "It follows."}, None),
-        *[({"answer": x}, None) for x in (["1", "2"], [], {"value": 3}, "}{")],
-        *[({"answer": x}, None) for x in (True, math.nan, math.inf)],
-    ],
-)
-def test_answers_of_a_data_file(fields, answer, tmp_path, capsys):
-    """The first of answer, final_answer and solution that holds one; a list of one is its item;
-    other lists, objects, true and NaN are nothing to compare with: dropped aloud."""
-    good = {"problem": "p", "answer": "7"}
-    rows = [good, {"problem": "q"} | fields]
-    found = rm.read_problems(json_lines(tmp_path / "rows.jsonl", rows))
-    said = capsys.readouterr().out
-    if answer is None:
-        assert found == [good]
-        assert "dropped 1 of 2 rows" in said
-        assert "'problem': 'q'" in said
-    else:
-        assert found == [good, {"problem": "q", "answer": answer}]
-        assert not said
+    ]
+    bad = [["1", "2"], [], {"value": 3}, "}{", True, math.nan, math.inf]
+    rows = [{"problem": f"p{i}"} | fields for i, (fields, _) in enumerate(good)]
+    expected = [{"problem": f"p{i}", "answer": answer} for i, (_, answer) in enumerate(good)]
+    file = tmp_path / "rows.jsonl"
+    assert rm.read_problems(json_lines(file, rows)) == expected
+    assert not capsys.readouterr().out
+    for fields in ({"solution": "It follows."}, *({"answer": answer} for answer in bad)):
+        assert rm.read_problems(json_lines(file, [*rows, {"problem": "q"} | fields])) == expected
+        said = capsys.readouterr().out
+        assert "dropped 1 of 10 rows" in said and "'problem': 'q'" in said
 
 
 def test_held_out_part(tmp_path):
@@ -956,47 +854,53 @@ def test_held_out_part(tmp_path):
     file = json_lines(tmp_path / "rows.jsonl", rows)
     split = [rm.load_problems(rm.Config(data=file, model="m", seed=s)) for s in (0, 0, 1)]
     assert split[0] == split[1] != split[2]
-    train, held_out = ({p["problem"] for p in part} for part in split[0])
-    assert (len(train), len(held_out)) == (45, 5)
-    assert not train & held_out
     cfg = rm.Config(data=file, eval_data=file, model="m", eval_problems=7)
-    assert [len(part) for part in rm.load_problems(cfg)] == [50, 7]
+    for parts, n in ((split[0], 5), (rm.load_problems(cfg), 7)):
+        train, held_out = ({p["problem"] for p in part} for part in parts)
+        assert (len(train), len(held_out)) == (50 - n, n) and not train & held_out
     cfg = rm.Config(data="no/such/file", eval_data=file, model="m", steps=0)  # data are unread
     assert [len(part) for part in rm.load_problems(cfg)] == [0, 50]
-    with pytest.raises(rm.UserError, match="--eval-data"):
-        rm.load_problems(rm.Config(data=json_lines(tmp_path / "one.jsonl", rows[:1]), model="m"))
+    one = json_lines(tmp_path / "one.jsonl", rows[:1])
+    for eval_data in (None, one):
+        with pytest.raises(rm.UserError, match="left to train on"):
+            rm.load_problems(rm.Config(data=one, eval_data=eval_data, model="m"))
 
 
 # ---- Settings and refusals -----------------------------------------------------------------------
 
 
 def test_settings_are_flags(capsys):
-    """The fields of Config are the flags of the command line, all in --help with the presets."""
+    """The fields of Config are the flags, all in --help with the presets, which are values in the
+    place of the defaults, by name or by --data. print_settings puts a star to what differs."""
     with pytest.raises(SystemExit):
         rm.main(["--help"])
     shown = "".join(capsys.readouterr().out.split())
+    names = [field.name for field in dataclasses.fields(rm.Config)]
     for field in dataclasses.fields(rm.Config):
         assert "--" + field.name.replace("_", "-") in shown
         assert "".join(field.metadata["help"].split()) in shown
     assert all(name in shown for name in rm.PRESETS)
-    assert rm.parse_args([]) == rm.Config()
-    argv = ["--algo", "grpo", "--lr", "1e-3", "--steps", "7", "--raw-prompt", "--model", "m"]
-    expected = rm.Config(algo="grpo", lr=1e-3, steps=7, raw_prompt=True, model="m")
-    assert rm.parse_args(argv) == expected
-
-
-def test_presets():
-    """A preset is a few values in the place of the defaults: chosen by name, or by --data; what is
-    given as a flag comes before it."""
     paper = rm.PRESETS["r1-distill-1.5b"]
-    cfg = rm.parse_args(["--preset", "r1-distill-1.5b", "--updates", "4"])
-    assert cfg == rm.Config(**(paper | {"updates": 4}))
-    assert (cfg.beta, cfg.buffer, cfg.lr, cfg.max_new_tokens) == (0.002, 5, 1e-6, 8192)
-    assert rm.parse_args(["--data", "f"]) == rm.Config(**(paper | {"data": "f"}))
-    assert rm.parse_args(["--eval-data", "f"]) == rm.Config(**(paper | {"eval_data": "f"}))
-    cfg = rm.parse_args(["--preset", "toy", "--data", "f", "--model", "m"])
-    assert cfg == rm.Config(data="f", model="m")
-    assert rm.parse_args(["--preset", "toy"]) == rm.Config()
+    assert [paper[name] for name in ("beta", "buffer", "lr")] == [0.002, 5, 1e-6]
+    assert paper["max_new_tokens"] == 8192
+    for argv, settings in (
+        ("", {}),
+        ("--preset toy", {}),
+        ("--preset toy --data f --model m", {"data": "f", "model": "m"}),
+        ("--preset r1-distill-1.5b --updates 4", paper | {"updates": 4}),
+        ("--data f", paper | {"data": "f"}),
+        ("--eval-data f", paper | {"eval_data": "f"}),
+        ("--algo grpo --lr 1e-3 --raw-prompt", {"algo": "grpo", "lr": 1e-3, "raw_prompt": True}),
+    ):
+        cfg = rm.parse_args(argv.split())
+        assert cfg == rm.Config(**settings)
+    rm.print_settings(cfg)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.split("\n"))) <= 100
+    words = shown.split()
+    starred = [word for word in words if word[0] == "*"]
+    assert starred == ["*algo='grpo'", "*raw_prompt=True", "*lr=0.001"]
+    assert [word.lstrip("*").partition("=")[0] for word in words] == names
 
 
 def test_impossible_settings(monkeypatch, capsys):
@@ -1004,7 +908,6 @@ def test_impossible_settings(monkeypatch, capsys):
     monkeypatch.setattr(rm, "ON_GPU", False)
     may_be_zero = {"steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed"}
     for field in dataclasses.fields(rm.Config):
-        flag = "--" + field.name.replace("_", "-")
         bad = []
         if field.type in (int, float):
             bad = [-1, math.nan, math.inf]
@@ -1015,161 +918,133 @@ def test_impossible_settings(monkeypatch, capsys):
         elif isinstance(field.default, str) and field.name != "prompt":
             bad = ["other"]
         for value in bad:
-            with pytest.raises(rm.UserError, match=f"^{flag} {value}: "):
+            with pytest.raises(rm.UserError, match=f"^{rm.flag(field.name)} {value}: "):
                 rm.Config(**{field.name: value})
     for settings, words in (
         ({"algo": "ppo"}, "choose from"),
         ({"beta": 0}, "above 0"),
         ({"steps": -1}, "at least 0"),
         ({"prompt": "x"}, "{problem}"),
-        ({"device": "cuda"}, "--device cpu"),
+        ({"device": "cuda"}, "take cpu"),
         ({"data": "f"}, "--model"),
         ({"eval_data": "f"}, "--model"),
         ({"rollouts": 1, "reward": "centered"}, "--rollouts"),
     ):
         with pytest.raises(rm.UserError, match=words):
             rm.Config(**settings)
-        argv = ["--preset", "toy"]
-        for name, value in settings.items():
-            argv += ["--" + name.replace("_", "-"), str(value)]
-        assert words in refusal(argv, capsys)
-    for argv, words in (
-        (["--prompts", "x"], "--prompts"),
-        (["--bogus"], "--bogus"),
-        (["--step", "3"], "--step"),  # no abbreviations
-        (["--preset", "gpt"], "--preset"),
-    ):
-        with pytest.raises(rm.UserError, match=words):
-            rm.parse_args(argv)
+        assert words in refusal(flags({"preset": "toy"} | settings), capsys)
+    for argv in ("--prompts x", "--bogus", "--preset gpt", "--step 3", "--preset toy --resume x"):
+        assert argv.split()[0] in refusal(argv.split(), capsys)
     assert rm.Config(rollouts=1, algo="grpo").rollouts == 1
 
 
-def test_printed_settings_mark_what_differs(capsys):
-    """print_settings: every setting, with a star where it differs from the default."""
-    rm.print_settings(rm.Config(lr=0.5, algo="tbrm"))
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.split("\n"))) <= 100
-    words = shown.split()
-    assert [word for word in words if word[0] == "*"] == ["*algo='tbrm'", "*lr=0.5"]
-    names = [word.lstrip("*").partition("=")[0] for word in words]
-    assert names == [field.name for field in dataclasses.fields(rm.Config)]
-
-
-def test_refused_data(tmp_path, monkeypatch, capsys):
-    """Files that hold no problems: status 2 and one line that names the file and what is wrong."""
-    (tmp_path / "folder").mkdir()
-    odd = b'{"text": "a", "Label": "1"}'
-    for name, content, words in (
-        ("binary", b"\x80\xff\x00", ("binary: no JSON",)),
-        ("none", b"", ("none: no row", "found are: none")),
-        ("scalar", b"5", ("scalar: no row",)),
-        ("line", b'{"problem": "a", "answer": "1"}\n\n{"problem":', ("line, line 3: no JSON",)),
-        ("array", b"[1, 2", ("array: no JSON",)),
-        ("unanswered", b'{"problem": "a", "answer": null}', ("unanswered: no row",)),
-        ("odd", odd, ("found are: label, text", "problem", "question", "answer", "final_answer")),
-        ("deep", b"[" * 10**5, ("deep: no JSON",)),
-        ("a.jsonl.gz", odd, ("a.jsonl.gz: no JSON", "another kind of file")),
-        ("a.zip", odd, ("another kind of file",)),
-        ("a.parquet", odd, ("another kind of file", "to_json")),
-        ("a.csv", odd, ("another kind of file",)),
-        ("folder", None, ("folder: no JSON",)),
-        ("missing", None, ("missing: no JSON",)),
-        ("hf://datasets/org/name", None, ("org/name: no JSON", "hf://datasets/ORG/NAME/FILE")),
-    ):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        path = name if name.startswith("hf:") else str(tmp_path / name)
-        error = refusal(["--model", "m", "--data", path], capsys)
-        assert all(word in error for word in words), error
-
-    def unreachable(*args, **kwargs):
-        raise OSError("We couldn't connect\nsecond line")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    error = refusal(["--model", "m", "--data", "hf://datasets/a/b/c.json"], capsys)
-    assert "hf://datasets/a/b/c.json" in error
-    assert "We couldn't connect" in error
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
-    assert "--model a/b" in refusal(["--model", "a/b"], capsys)
-
-
 def test_refusals(tmp_path, monkeypatch, capsys):
-    """Models, folders and too little memory: status 2, one line that names thing and mend."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_bytes(b"")
+    """Files without problems, models, folders: status 2, one line that names thing and mend."""
     for name in ("untokenized", "unreadable"):
         saved_model(tmp_path / name)
     for file in (tmp_path / "untokenized").glob("*token*"):
         file.unlink()
-    (tmp_path / "unreadable" / "model.safetensors").write_bytes(b"xx")
     monkeypatch.chdir(tmp_path)
-    for argv, words in (
-        (["--model", "folder"], "--model folder: "),
-        (["--model", "file"], "--model file: "),
-        (["--model", "untokenized"], "--model untokenized: "),
-        (["--model", "unreadable"], "--model unreadable: "),
-        (["--out", "file"], "name a new one"),
-        (["--out", "file/x"], "name a new one"),
-        (["--out", "folder"], "--resume"),
-        (["--resume", "folder"], "--resume folder"),
+    Path("unreadable", "model.safetensors").write_bytes(b"xx")
+    Path("folder").mkdir()
+    odd = b'{"text": "a", "Label": "1"}'
+    for name, content, words in (
+        ("binary", b"\x80\xff\x00", "no JSON"),
+        ("none", b"", "no row; found are: none"),
+        ("scalar", b"5", "no row"),
+        ("line", b'{"problem": "a", "answer": "1"}\n\n{"problem":', "line, line 3: no JSON"),
+        ("array", b"[1, 2", "no JSON"),
+        ("unanswered", b'{"problem": "a", "answer": null}', "no row"),
+        ("odd", odd, "found are: label, text; problem; question; answer; final_answer"),
+        ("deep", b"[" * 10**5, "no JSON"),
+        ("a.jsonl.gz", odd, "no JSON; another kind of file"),
+        ("a.zip", odd, "another kind of file"),
+        ("a.parquet", odd, "another kind of file; to_json"),
+        ("a.csv", odd, "another kind of file"),
+        ("folder", None, "no JSON"),
+        ("missing", None, "no JSON"),
+        ("hf://datasets/org/name", None, "no JSON; hf://datasets/ORG/NAME/FILE"),
     ):
-        assert words in refusal(argv, capsys), argv
+        if content is not None:
+            Path(name).write_bytes(content)
+        error = refusal(["--model", "m", "--data", name], capsys)
+        assert all(word in error for word in [name, *words.split("; ")]), error
+    monkeypatch.setattr(rm, "load_problems", lambda cfg: ([], []))
+    for argv, words in (
+        ("--model folder", "--model folder: "),
+        ("--model none", "--model none: "),
+        ("--model untokenized", "--model untokenized: "),
+        ("--model unreadable", "--model unreadable: "),
+        ("--out none", "name a new one"),
+        ("--out none/x", "name a new one"),
+        ("--out folder", "--resume"),
+        ("--resume folder", "--resume folder"),
+    ):
+        assert words in refusal(argv.split(), capsys), argv
+
+
+def test_what_fails_elsewhere_is_told(quick, monkeypatch, capsys):
+    """The hub, generate_batch's thread, the GPU's memory: one line that names thing and mend."""
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect\nsecond line")
 
     def exhausted(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. And so on.")
 
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    error = refusal(["--model", "m", "--data", "hf://datasets/a/b/c.json"], capsys)
+    assert "hf://datasets/a/b/c.json" in error and "We couldn't connect" in error
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    assert "--model a/b" in refusal(["--model", "a/b"], capsys)
+    monkeypatch.undo()
+    monkeypatch.setattr(transformers.Qwen2ForCausalLM, "generate_batch", lambda *_, **__: {})
+    assert "--sampler generate" in refusal(flags(vars(quick(sampler="continuous"))), capsys)
     monkeypatch.setattr(rm, "train", exhausted)
     error = refusal([], capsys)
-    assert "--micro-batch-tokens" in error
-    assert "--offload" in error
+    assert "--micro-batch-tokens" in error and "--offload" in error
 
 
-# ---- Rollouts ------------------------------------------------------------------------------------
+# ---- Rollouts and the loop -----------------------------------------------------------------------
 
 
 def scripted(monkeypatch, model, *responses):
     """Makes model.generate return these responses, padded with the pad id, as generate does."""
+    rows = [torch.tensor(response) for response in responses]
     padding = model.generation_config.pad_token_id
-    width = max(map(len, responses))
-
-    def generate(tokens, **ignored):
-        rows = []
-        for response in responses:
-            rows.append([*response, *[padding] * (width - len(response))])
-        return torch.cat([tokens, torch.tensor(rows)], 1)
-
-    monkeypatch.setattr(model, "generate", generate)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+    monkeypatch.setattr(model, "generate", lambda tokens, **_: torch.cat([tokens, padded], 1))
 
 
-def test_sampler_and_scorer_agree(quick):
-    """The log-probabilities that generate sampled from are those of the scorer, q - v."""
-    cfg = quick()
-    model, tokenizer = rm.load_model(cfg)
-    (prompt,) = rm.encode_prompts(tokenizer, ["12+34+56=?"], cfg)
-    tokens = prompt[None].repeat(8, 1)
-    how = {"max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
-    torch.manual_seed(0)
-    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
-    logp = torch.stack(out.scores, 1).log_softmax(-1)
-    for sequence, rows in zip(out.sequences, logp, strict=True):
-        response = sequence[len(prompt) :]
-        q, v, _ = rm.score(model, [{"prompt": prompt, "response": response}])
-        assert torch.allclose((q - v)[0], rows.gather(1, response[:, None])[:, 0], atol=1e-4)
-
-
-def test_generation_config_of_the_model_is_ignored(tmp_path):
-    """Whatever a model brings along, samples follow softmax(logits); only its EOS ids are kept."""
+def test_sampler_and_scorer_agree(tmp_path):
+    """Whatever a model brings along, samples follow softmax(logits); only its EOS ids are kept. The
+    logits that generate sampled from are those of the scorer, whatever the lengths beside them."""
     folder = saved_model(tmp_path / "m", "Qwen2", vocab_size=400)
     habits = {"temperature": 0.1, "top_p": 0.5, "top_k": 5, "repetition_penalty": 1.5}
     habits |= {"do_sample": True, "min_new_tokens": 7, "eos_token_id": [5, 1]}
     transformers.GenerationConfig(**habits).save_pretrained(folder)
     model, _ = rm.load_model(rm.Config(model=folder))
     assert model.generation_config.eos_token_id == [1, 5]
-    prompt = torch.tensor([[3, 4, 6]])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)  # or all tokens would be alike
+    tokens = torch.tensor([3, 4, 6]).repeat(8, 1)
     how = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, **how)
-    for scores, logits in zip(out.scores, out.logits, strict=True):
-        assert torch.equal(scores, logits)
+    torch.manual_seed(0)
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20, **how)
+    logits = torch.stack(out.logits, 1)
+    assert torch.equal(torch.stack(out.scores, 1), logits)
+    batch = []
+    for i, text in enumerate(out.sequences):
+        batch.append({"prompt": text[: 3 + i], "response": text[3 + i : 23 - i]})
+    q, v, mask = rm.score(model, batch)
+    assert mask.sum(1).tolist() == [20 - 2 * i for i in range(8)]
+    for i, t in enumerate(batch):
+        T = len(t["response"])
+        states = logits[i, i : i + T]
+        logp = states.log_softmax(-1)[torch.arange(T), t["response"]]
+        assert torch.allclose((q - v)[i, :T], logp, atol=1e-5)
+        assert torch.allclose(v[i, :T], states.logsumexp(-1), atol=1e-5)
+        assert not q[i, T:].any() and not v[i, T:].any()
 
 
 def test_ends_cuts_and_rewards(tmp_path, monkeypatch):
@@ -1189,21 +1064,9 @@ def test_ends_cuts_and_rewards(tmp_path, monkeypatch):
     assert rm.score(model, [done, cut, empty])[2].sum(1).tolist() == [len(box) + 1, len(other), 1]
 
 
-def test_prompts_of_different_lengths(quick):
-    """Padding of a prompt changes nothing: greedy answers are those of the prompt alone."""
-    cfg = quick()
-    model, tokenizer = rm.load_model(cfg)
-    model.generation_config.do_sample = False
-    problems = [{"problem": p, "answer": ""} for p in ("12+34+56=?", "7+8=?", "99+98+97=?")]
-    together = rm.rollout(model, tokenizer, problems, cfg, 0, "test")
-    for problem, t in zip(problems, together, strict=True):
-        (alone,) = rm.rollout(model, tokenizer, [problem], cfg, 0, "test")
-        assert t["text"] == alone["text"] != ""
-
-
-def test_chat_template_and_bos(tmp_path):
+def test_chat_templates_and_tokenizers(tmp_path):
     """The chat template is used where there is one, with one BOS, unless --raw-prompt; then the
-    tokenizer adds what it adds, but no EOS."""
+    tokenizer adds what it adds, but no EOS. What cannot work is refused, with a mend."""
     cfg = rm.Config(model=saved_model(tmp_path / "m", chat=True), prompt="Q: {problem} {x}")
     raw = dataclasses.replace(cfg, raw_prompt=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
@@ -1214,29 +1077,24 @@ def test_chat_template_and_bos(tmp_path):
 
     assert text("1 {+} 2?", cfg) == "<s><user>Q: 1 {+} 2? {x} A:"
     assert text("1?", raw) == "Q: 1? {x}"
+    with pytest.raises(rm.UserError, match="--prompt"):
+        rm.encode_prompts(tokenizer, ["1?", ""], rm.Config(raw_prompt=True))
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     assert tokenizer.decode(tokenizer("1")["input_ids"]) == "<s>1</s>"
     assert text("1?", raw) == "<s>Q: 1? {x}"
     assert text("1?", cfg) == "<s><user>Q: 1? {x} A:"
-
-
-def test_prompts_and_tokenizers_that_cannot_work(tmp_path):
-    """An empty prompt, a template that raises, a tokenizer with more tokens than the model: each is
-    refused in a line that says what to do."""
-    cfg = rm.Config(model=saved_model(tmp_path / "m", chat=True))
-    raw = dataclasses.replace(cfg, raw_prompt=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-    with pytest.raises(rm.UserError, match="--prompt"):
-        rm.encode_prompts(tokenizer, ["1?", ""], raw)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(rm.UserError, match="roles must alternate.*--raw-prompt"):
-        rm.encode_prompts(tokenizer, ["1?"], cfg)
-    assert rm.encode_prompts(tokenizer, ["1?"], raw)
-    large = saved_model(tmp_path / "large", vocab_size=100)
+        text("1?", cfg)
+    assert text("1?", raw)
+    model, tokenizer = rm.load_model(cfg)
+    with pytest.raises(rm.UserError, match="256 tokens at most; lower --max-new-tokens"):
+        long = dataclasses.replace(cfg, max_new_tokens=250)
+        rm.rollout(model, tokenizer, [{"problem": "1?", "answer": ""}], long, 0, "test")
     with pytest.raises(rm.UserError, match="more tokens"):
-        rm.load_model(rm.Config(model=large))
+        rm.load_model(rm.Config(model=saved_model(tmp_path / "large", vocab_size=100)))
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -1269,30 +1127,32 @@ def test_a_thought_must_end_to_earn(opening, special, tmp_path, monkeypatch):
 
 
 def test_samplers_agree(quick):
-    """Continuous batching and generate: the same greedy answers, and samples of softmax(logits)."""
-    cfg = quick()
-    paged = quick(sampler="continuous")
-    model, tokenizer = rm.load_model(cfg)
-    prompts = rm.encode_prompts(tokenizer, ["12+34+56=?", "7+8=?", "9+98+97=?"], cfg)
+    """Padding of a prompt changes nothing: greedy answers are those of the prompt alone. Continuous
+    batching and generate give the same ones, and samples of softmax(logits)."""
+    model, tokenizer = rm.load_model(quick())
+    ways = [quick(), quick(sampler="continuous")]
+    prompts = rm.encode_prompts(tokenizer, ["12+34+56=?", "7+8=?", "9+98+97=?"], ways[0])
 
-    def answers(cfg):
+    def answers(prompts, cfg):
         sampled = rm.sample(model, prompts, cfg, 0)
         return [tokenizer.decode(response).partition("<eos>")[0] for response in sampled]
 
     model.generation_config.do_sample = False
-    assert answers(cfg) == answers(paged) and all(answers(cfg))
+    alone = [answers([prompt], ways[0])[0] for prompt in prompts]
+    assert answers(prompts, ways[0]) == answers(prompts, ways[1]) == alone and all(alone)
     model.generation_config.do_sample = True
     model.generation_config.temperature = 3.0  # so that there is more than one token to draw
     model.generation_config.max_new_tokens = 1
     with torch.no_grad():
         share = (model(input_ids=prompts[0][None]).logits[0, -1] / 3).softmax(-1)
     n = 400
-    for way in (cfg, paged):
-        drawn = torch.cat(rm.sample(model, [prompts[0]] * n, way, 7))
+    for cfg in ways:
+        drawn = torch.cat(rm.sample(model, [prompts[0]] * n, cfg, 7))
         counts = torch.bincount(drawn, minlength=len(share))
         chi2 = ((counts - n * share) ** 2 / (n * share + 1)).sum()
         assert chi2 < 60  # 18 degrees of freedom: one seed in a million would exceed it
-        assert torch.equal(drawn, torch.cat(rm.sample(model, [prompts[0]] * n, way, 7)))
+        again = [torch.cat(rm.sample(model, [prompts[0]] * 40, cfg, 7)) for _ in range(2)]
+        assert torch.equal(*again)
 
 
 @pytest.mark.parametrize("sampler", ["generate", "continuous"])
@@ -1302,53 +1162,29 @@ def test_new_weights_sample_next(quick, sampler):
     model, tokenizer = rm.load_model(cfg)
     model.generation_config.do_sample = False
     prompts = rm.encode_prompts(tokenizer, ["12+34+56=?"], cfg)
-
-    def answer(model, cfg):
-        return rm.sample(model, prompts, cfg, 0)[0].tolist()
-
-    first = answer(model, cfg)
+    first = rm.sample(model, prompts, cfg, 0)[0].tolist()
     other, _ = rm.make_model(SEED + 1)
     other.generation_config = model.generation_config
     model.load_state_dict(other.state_dict())
-    assert first != answer(model, cfg) == answer(other, quick())
-
-
-def test_failed_continuous_batching_is_told(quick, monkeypatch, capsys):
-    """generate_batch only logs what goes wrong in its thread; here it ends the run in one line."""
-    monkeypatch.setattr(type(rm.make_model(0)[0]), "generate_batch", lambda *args, **kwargs: {})
-    assert "--sampler generate" in refusal(flags(quick(sampler="continuous")), capsys)
-
-
-# ---- The loop ------------------------------------------------------------------------------------
-
-
-def flags(cfg):
-    """The command line of a Config."""
-    words = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if value is not None:
-            words += [rm.flag(field.name), str(value)]
-    return words
+    second = rm.sample(model, prompts, cfg, 0)[0].tolist()
+    assert first != second == rm.sample(other, prompts, quick(), 0)[0].tolist()
 
 
 def test_not_finite_stops_before_the_step(quick, monkeypatch, capsys):
     """A nan stops the run in one line that names the trajectory; the weights stay as they were."""
-    model, _ = rm.make_model(0)
-    batch = trajectories()
-    batch[4]["q_ref"][0] = torch.nan
-    with pytest.raises(FloatingPointError, match="step 4 to 'p4'"):
-        rm.gradient(model, list(model.parameters()), batch, rm.Config())
-    add_signals = rm.add_signals
-
-    def poisoned(fresh, cfg):
-        add_signals(fresh, cfg)
-        fresh[2]["signal"] = torch.tensor(torch.nan)
-
+    culprits = []
     updates = []
-    monkeypatch.setattr(rm, "add_signals", poisoned)
+    cache_values = rm.cache_values
+
+    def poisoned(model, fresh, cfg, name):
+        cache_values(model, fresh, cfg, name)
+        fresh[6]["q_ref"][0] = torch.nan
+        culprits.append(fresh[6]["problem"])
+
+    monkeypatch.setattr(rm, "cache_values", poisoned)
     monkeypatch.setattr(rm, "update", lambda *args: updates.append(args))
-    assert re.search(r"step 1 to '\d+", refusal(flags(quick()), capsys)) and not updates
+    error = refusal(flags(vars(quick())), capsys)
+    assert f"step 1 to {culprits[0]!r}" in error and not updates
 
 
 @pytest.fixture
@@ -1371,26 +1207,12 @@ def gradients(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_frees_the_gradients(dtype):
-    """After an update neither weights nor masters hold a gradient, and the weights have moved."""
-    model = rm.make_model(0)[0].to(dtype)
-    before = copy.deepcopy(model.state_dict())
-    masters = rm.master_weights(model, model.device)
-    optimizer = torch.optim.AdamW(masters, lr=1e-2)
-    rm.gradient(model, masters, trajectories(), rm.Config())
-    assert all(weight.grad is not None for weight in masters)
-    rm.update(model, masters, optimizer)
-    assert all(weight.grad is None for weight in [*model.parameters(), *masters])
-    assert not any(torch.equal(before[name], w) for name, w in model.named_parameters())
-
-
-@pytest.mark.parametrize("algo", ["reval", "grpo"])
-def test_schedule_and_reuse(algo, quick, gradients):
-    """Update 1 gets the fresh batch; the others the buffer, which holds it (GRPO: the fresh batch).
-    Counted in train, a trajectory that has left the buffer was used about K times."""
-    sizes = {"steps": 12, "rollouts": 2, "updates": 4, "max_new_tokens": 4, "eval_every": 100}
-    cfg = quick(algo=algo, seed=0, **sizes)
+@pytest.mark.parametrize("algo, rollouts", [("reval", 2), ("grpo", 2), ("grpo", 1)])
+def test_schedule_and_reuse(algo, rollouts, quick, rewarded, gradients):
+    """Update 1 gets the fresh batch, the others the buffer, which holds it: about K uses in all.
+    GRPO: the fresh batch; with one response per problem the advantage is the reward."""
+    sizes = {"steps": 12, "updates": 4, "max_new_tokens": 4, "eval_every": 100}
+    cfg = quick(algo=algo, rollouts=rollouts, prompts=8 // rollouts, seed=0, **sizes)
     rm.train(cfg)
     uses = {}
     for i, (batch, _) in enumerate(gradients):
@@ -1400,16 +1222,16 @@ def test_schedule_and_reuse(algo, quick, gradients):
         if i % 4 == 0 or algo == "grpo":
             assert born == {step}
         assert step - 3 < min(born) and max(born) <= step
+        assert rollouts > 1 or all(t["signal"] == t["reward"] for t in batch)
         for t in batch:
             if 3 <= t["step"] <= 9:  # born in a full buffer, and gone from it
                 uses[id(t)] = uses.get(id(t), 0) + 1
-    tolerance = 0 if algo == "grpo" else 0.6
-    assert fmean(uses.values()) == pytest.approx(4, abs=tolerance)
     ages = [row.get("age") for row in rows_of(cfg.out)[1:]]
     if algo == "grpo":
-        assert ages == [None] * 12
+        assert ages == [None] * 12 and set(uses.values()) == {4}
     else:
         assert ages[0] == 0 < ages[-1] < 2
+        assert fmean(uses.values()) == pytest.approx(4, abs=0.6)
 
 
 def test_reference_reset_refreshes_the_cache(quick, rewarded, monkeypatch):
@@ -1434,8 +1256,7 @@ def test_reference_reset_refreshes_the_cache(quick, rewarded, monkeypatch):
 
 
 def test_calibration_survives_the_loop(quick, gradients, monkeypatch):
-    """Without reward nothing moves: fresh and replayed batches, split differently, across a reset.
-    The learning rate is next to nothing, as Adam makes a full step even of rounding noise."""
+    """Without reward nothing moves, in any split, across a reset, at a rate too low for noise."""
     monkeypatch.setattr(rm, "is_correct", lambda response, gold: False)
     rm.train(quick(steps=4, ref_reset=2, micro_batch_tokens=200, lr=1e-9))
     assert len(gradients) == 12
@@ -1446,90 +1267,65 @@ def test_calibration_survives_the_loop(quick, gradients, monkeypatch):
     assert rows_of(cfg.out)[1]["residual"] > 1
 
 
-def test_grpo_with_one_rollout(quick, rewarded, gradients):
-    """One response per problem has no group: its advantage is its reward, and the run goes on."""
-    cfg = quick(algo="grpo", rollouts=1, prompts=16, steps=1)
-    assert rm.main(flags(cfg)) == 0
-    for batch, _ in gradients:
-        assert len(batch) == 16 and all(t["signal"] == t["reward"] for t in batch)
-    assert math.isfinite(rows_of(cfg.out)[1]["loss"]) and "residual" not in rows_of(cfg.out)[1]
+SUMS = [{"problem": f"What is {i} + 1?", "answer": i + 1} for i in range(20)]
 
 
-# ---- Real models ---------------------------------------------------------------------------------
+def tiny_run(model, data, out, *words):
+    """A small run of a real model on a file of problems, from the command line. -> its rows"""
+    argv = "--prompts 2 --rollouts 2 --updates 2 --max-new-tokens 12 --eval-problems 2 --device cpu"
+    files = ["--model", model, "--data", data, "--out", str(out)]
+    assert rm.main([*argv.split(), *files, *words]) == 0
+    return rows_of(out)
 
 
-def lively(folder, monkeypatch):
-    """A random model knows nothing: half of its tokens end a response, half of those are right."""
+@pytest.mark.parametrize("kind", ["Llama float32", "Qwen2 float32", "Qwen2 bfloat16"])
+def test_real_models_train_from_disk(kind, tmp_path, monkeypatch):
+    """Other architectures, a real tokenizer, a data file: same code, and the weights move. With the
+    1.5B run's bfloat16, masters, offload, checkpointing and avg@n, in small."""
+    kind, dtype = kind.split()
+    folder = saved_model(tmp_path / "m", kind, chat=kind == "Qwen2", vocab_size=400)
+    # A random model knows nothing: half of its tokens end a response, half of those are right.
     transformers.GenerationConfig(eos_token_id=list(range(1, 140))).save_pretrained(folder)
     monkeypatch.setattr(rm, "is_correct", lambda text, gold: "boxed" in text or len(text) % 2 == 0)
-
-
-SHORT = ["--prompts", "2", "--rollouts", "2", "--updates", "2", "--max-new-tokens", "12"]
-SHORT += ["--eval-problems", "2", "--device", "cpu"]
-
-
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
-def test_real_models_train_from_disk(kind, tmp_path, monkeypatch):
-    """Other architectures, a real tokenizer, a JSONL file: same code, and the weights move."""
-    folder = saved_model(tmp_path / "m", kind, chat=kind == "Qwen2", vocab_size=400)
-    lively(folder, monkeypatch)
-    rows = [{"question": f"What is {i} + 1?", "answer": f"{i + 1}"} for i in range(20)]
-    file = tmp_path / "problems.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    out = tmp_path / "out"
-    argv = ["--model", folder, "--data", str(file), "--steps", "2", "--lr", "1e-3", *SHORT]
-    assert rm.main([*argv, "--out", str(out)]) == 0
-    rows = rows_of(out)
-    assert [row["step"] for row in rows] == [0, 1, 2] and abs(rows[1]["kl"]) < 1e-3
-    weights = []
-    for where in (folder, out / "model"):
-        weights.append(transformers.AutoModelForCausalLM.from_pretrained(where).state_dict())
-    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    file, out = json_lines(tmp_path / "p.jsonl", SUMS), tmp_path / "out"
+    words = ["--steps", "2", "--lr", "1e-3", "--eval-samples", "4", "--dtype", dtype]
+    rows = tiny_run(folder, file, out, *words, "--offload", str(dtype == "bfloat16"))
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(math.isfinite(row["loss"]) for row in rows[1:])
+    assert rows[1]["residual"] < 500.01  # reward / beta is 0 or 500
+    assert abs(rows[1]["kl"]) < {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+    assert len(rows_of(out, "eval-00002.jsonl")) == 2 * 4
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert {master.dtype for master in state["masters"]} == {torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.dtype == getattr(torch, dtype)
+    old = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+    assert any(not torch.equal(old[name], new) for name, new in model.state_dict().items())
 
 
 def test_checkpointing_and_dropout_change_nothing(tmp_path):
     """Activations made twice give the same gradient, and a model's own dropout is turned off."""
     folder = saved_model(tmp_path / "m", "Qwen2", vocab_size=400, attention_dropout=0.5)
-    batch = trajectories()
     found = []
+    counts = []
     calls = []
     for checkpointing in (False, True):
         cfg = rm.Config(model=folder, gradient_checkpointing=checkpointing)
         model, _ = rm.load_model(cfg)
-        count = partial(lambda now, *ignored: calls.append(now), checkpointing)
-        model.model.layers[0].mlp.register_forward_pre_hook(count)
-        rm.gradient(model, list(model.parameters()), batch, cfg)
-        found.append(flat_grad(model))
+        calls.clear()
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(args))
+        rm.gradient(model, list(model.parameters()), trajectories(), cfg)
+        found.append(flat_grad(model.parameters()))
+        counts.append(len(calls))
         assert not model.training
-    assert torch.equal(*found) and calls.count(True) == 2 * calls.count(False) > 0
+    assert torch.equal(*found) and counts[1] == 2 * counts[0] > 0
 
 
-def test_bfloat16_run_on_the_front_door(tmp_path, monkeypatch):
-    """The 1.5B run's code in small: bfloat16, masters, offload, checkpointing, and avg@n."""
-    folder = saved_model(tmp_path / "m", "Qwen2", vocab_size=400)
-    lively(folder, monkeypatch)
-    file, out = tmp_path / "p.json", tmp_path / "out"
-    file.write_text(json.dumps([{"problem": f"{i} + 1?", "answer": i + 1} for i in range(9)]))
-    argv = ["--model", folder, "--data", str(file), "--steps", "2", "--lr", "1e-4", *SHORT]
-    argv += ["--eval-samples", "4", "--dtype", "bfloat16", "--offload", "--out", str(out)]
-    assert rm.main(argv) == 0
-    rows = rows_of(out)
-    assert all(math.isfinite(row["loss"]) for row in rows[1:])
-    assert rows[1]["residual"] < 500.01 and abs(rows[1]["kl"]) < 0.05  # reward / beta is 0 or 500
-    assert len((out / "eval-00002.jsonl").read_text(encoding="utf-8").splitlines()) == 4
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert {master.dtype for master in state["masters"]} == {torch.float32}
-    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    assert model.dtype == torch.bfloat16
-
-
-HEADS = [("Gemma2", {}), ("Cohere", {"logit_scale": 0.1}), ("Granite", {"logits_scaling": 8})]
-
-
-@pytest.mark.parametrize("kind, changes", [*HEADS, ("Phi", {})])
-def test_heads_that_do_not_fit_are_refused(kind, changes, tmp_path):
+@pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "Granite", "Phi"])
+def test_heads_that_do_not_fit_are_refused(kind, tmp_path):
     """Soft caps, scales and biases between hidden @ lm_head.T and the logits are found."""
-    folder = saved_model(tmp_path / "m", kind, **changes)
+    changes = {"Cohere": {"logit_scale": 0.1}, "Granite": {"logits_scaling": 8}}
+    folder = saved_model(tmp_path / "m", kind, **changes.get(kind, {}))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(100)  # a cap shows where logits are large
@@ -1541,8 +1337,7 @@ def test_heads_that_do_not_fit_are_refused(kind, changes, tmp_path):
 
 
 def test_evaluation_figures(tmp_path, monkeypatch):
-    """avg@n and its standard error over problems, against figures worked by hand; a row for each
-    answer; --steps 0 leaves no model, which would be a copy."""
+    """avg@n, its standard error and the rest, by hand; a row an answer; no copy of a model."""
     right = {"a": [1, 0, 0, 0], "b": [1, 1, 0, 0], "c": [0, 0, 0, 0], "d": [1, 1, 1, 1]}
     asked = []
 
@@ -1558,36 +1353,28 @@ def test_evaluation_figures(tmp_path, monkeypatch):
         return answers
 
     monkeypatch.setattr(rm, "rollout", rollout)
-    file, out = tmp_path / "p.jsonl", tmp_path / "out"
-    file.write_text("\n".join(json.dumps({"problem": p, "answer": "5"}) for p in right))
-    model = saved_model(tmp_path / "m")
-    sizes = {"steps": 0, "eval_samples": 4}
-    found = rm.train(rm.Config(model=model, eval_data=str(file), out=str(out), **sizes))
+    out = tmp_path / "out"
+    rows = [{"problem": p, "answer": "5"} for p in right]
+    changes = {"model": saved_model(tmp_path / "m"), "out": str(out), "steps": 0, "eval_samples": 4}
+    found = rm.train(rm.Config(eval_data=json_lines(tmp_path / "p.jsonl", rows), **changes))
     assert asked == [(0, "evaluation")]
     assert found["accuracy"] == pytest.approx(7 / 16)
-    shares = [1 / 4, 2 / 4, 0, 1]
-    error = math.sqrt(sum((x - 7 / 16) ** 2 for x in shares) / 4) / math.sqrt(4)
+    error = math.sqrt(sum((x - 7 / 16) ** 2 for x in (1 / 4, 2 / 4, 0, 1)) / 4) / math.sqrt(4)
     assert found["stderr"] == pytest.approx(error)
     assert found["eval_truncated"] == 1 / 4
     assert found["eval_length"] == pytest.approx((6 + 5 + 4 + 3 + 12 * 2) / 16)
-    text = (out / "eval-00000.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    rewards = [row["reward"] for row in rows]
-    assert rewards == [0, 0, 0, 1] + [0, 0, 1, 1] + [0, 0, 0, 0] + [1, 1, 1, 1]
+    rows = rows_of(out, "eval-00000.jsonl")
+    assert [row["reward"] for row in rows] == [0, 0, 0, 1] + [0, 0, 1, 1] + [0] * 4 + [1] * 4
     expected = {"problem": "a", "answer": "5", "text": "\\boxed{5}", "found": "5"}
     assert rows[0] == expected | {"ended": True, "reward": 0, "length": 6}
     assert not (out / "model").exists()
 
 
-# ---- Through the front door ----------------------------------------------------------------------
-
-
 def test_it_learns_to_show_its_work(quick, monkeypatch):
-    """If written work is what earns, the few responses that show it become most of them, and
-    evaluation, V and lengths tell so."""
+    """If written work is what earns, it becomes the rule; evaluation, V and lengths tell so."""
     monkeypatch.setattr(rm, "is_correct", lambda response, gold: ";" in response)
-    sizes = {"steps": 5, "prompts": 8, "rollouts": 8, "updates": 4, "eval_problems": 64}
-    cfg = quick(**sizes, eval_every=5, lr=5e-4, half_life=0)
+    sizes = {"steps": 6, "prompts": 8, "rollouts": 8, "updates": 4, "eval_problems": 64}
+    cfg = quick(**sizes, eval_every=6, lr=5e-4, half_life=0)
     result = rm.train(cfg)
     rows = rows_of(cfg.out)
     assert result["accuracy_after"] > result["accuracy_before"] + 0.25
@@ -1596,11 +1383,9 @@ def test_it_learns_to_show_its_work(quick, monkeypatch):
 
 
 def test_it_learns_to_be_right(start, tmp_path, capsys):
-    """With the real checker, from a data file: sums that all make one number, which the start gets
-    right now and then, come out right in the end, held-out ones too. The console tells it in a
-    table, with samples."""
-    text = (start / "eval-00000.jsonl").read_text(encoding="utf-8")
-    answers = [json.loads(line)["found"] for line in text.splitlines()]
+    """With the real checker and data files: sums that all make one number, which the start gets
+    right now and then, come out right, held-out ones too. The console tells it, with samples."""
+    answers = [row["found"] for row in rows_of(start, "eval-00000.jsonl")]
     common = [x for x in answers if x and re.fullmatch("1[2-9][0-9]", x)]
     total = max(sorted(common), key=common.count)  # what the start likes to say
     sums = {}
@@ -1609,23 +1394,20 @@ def test_it_learns_to_be_right(start, tmp_path, capsys):
         a, b = generator.integers(10, 100, 2).tolist()
         c = int(total) - a - b
         if 10 <= c < 100:
-            sums[f"{a}+{b}+{c}=?"] = {"problem": f"{a}+{b}+{c}=?", "answer": total}
-    rows = list(sums.values())
-    train, held_out, out = (tmp_path / name for name in ("train.json", "held_out.json", "out"))
-    train.write_text(json.dumps(rows[64:]), encoding="utf-8")
-    held_out.write_text(json.dumps(rows[:64]), encoding="utf-8")
-    argv = ["--preset", "toy", "--model", str(start / "model"), "--data", str(train)]
-    argv += ["--eval-data", str(held_out), "--seed", str(SEED), "--out", str(out)]
-    argv += ["--steps", "4", "--rollouts", "4", "--prompts", "32", "--lr", "5e-4", "--warmup", "0"]
-    argv += ["--half-life", "0", "--buffer", "5", "--eval-every", "4"]
-    assert rm.main(argv) == 0
-    rows = rows_of(out)
+            sums[f"{a}+{b}+{c}=?"] = total
+    rows = [{"problem": problem, "answer": total} for problem in sums]
+    files = {"model": start / "model", "data": json_lines(tmp_path / "train", rows[64:])}
+    files |= {"eval_data": json_lines(tmp_path / "held_out", rows[:64]), "out": tmp_path / "out"}
+    changes = {"preset": "toy", "steps": 3, "rollouts": 4, "prompts": 32, "lr": 5e-4, "warmup": 0}
+    changes |= {"half_life": 0, "buffer": 5, "eval_every": 3, "seed": SEED}
+    assert rm.main(flags(files | changes)) == 0
+    rows = rows_of(tmp_path / "out")
     gain = rows[-1]["accuracy"] - rows[0]["accuracy"]
     assert gain > 0.2 and gain > 4 * math.hypot(rows[0]["stderr"], rows[-1]["stderr"])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  right: ") for line in lines)
     table = [line for line in lines if re.match(r" +\d+ +\d+ ", line)]
-    assert len(table) == 5 and max(map(len, table)) <= 100
+    assert len(table) == 4 and max(map(len, table)) <= 100
 
 
 def content(folder, pattern="*"):
@@ -1641,10 +1423,14 @@ def files_of(out):
 
 def same_runs(a, b):
     """Metrics but for times, evaluations and weights, to the bit."""
-    assert timeless(rows_of(a)) == timeless(rows_of(b)) and files_of(a) == files_of(b)
+    assert timeless(a) == timeless(b) and files_of(a) == files_of(b)
 
 
 MADE = {}  # undisturbed runs that several tests compare with: settings to folder and console
+# A whole run, to be stopped after 3 steps and gone on with.
+PLAIN = {"steps": 4, "updates": 2, "eval_every": 3, "eval_problems": 16, "max_new_tokens": 8}
+PLAIN |= {"algo": "reval"}
+RESUMED = [{}, {"ref_reset": 2}, {"algo": "grpo"}, {"dtype": "bfloat16", "algo": "tbrm"}]
 
 
 @pytest.fixture
@@ -1657,7 +1443,7 @@ def calm(quick, rewarded):
             cfg = quick(**changes)
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                assert rm.main(flags(cfg)) == 0
+                assert rm.main(flags(vars(cfg))) == 0
             MADE[key] = cfg.out, printed.getvalue()
             assert rows_of(cfg.out)[-1]["grad_norm"] > 1e-3  # there is something to compare
         return MADE[key]
@@ -1665,61 +1451,52 @@ def calm(quick, rewarded):
     return make
 
 
-# A whole run, to be stopped after 3 steps and gone on with.
-PLAIN = {"steps": 4, "eval_every": 3, "eval_problems": 16, "max_new_tokens": 12, "algo": "reval"}
-
-
 @pytest.mark.parametrize("algo", ["reval", "grpo"])
 def test_a_run_leaves_its_record(algo, calm, quick):
-    """The files, the keys, and a model that loads, with nothing half-written beside it."""
-    out, printed = calm(**PLAIN | {"algo": algo})
-    out = Path(out)
+    """The files, the keys, and a model that loads, with nothing half-written beside it. The same
+    seed makes the same run, to the bit, though one evaluates and prints at each step."""
+    plain = PLAIN | {"algo": algo}
+    name, printed = calm(**plain)
+    out = Path(name)
     evaluations = {"eval-00000.jsonl", "eval-00003.jsonl", "eval-00004.jsonl"}
     names = {"config.json", "metrics.jsonl", "checkpoint.pt", "model"}
     assert {file.name for file in out.iterdir()} == names | evaluations
     saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert rm.Config(**saved) == quick(**PLAIN | {"algo": algo, "out": str(out)})
+    assert rm.Config(**saved) == quick(**plain, out=name)
     rows = rows_of(out)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["history"] == rows and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    looked = {"accuracy", "stderr", "eval_length", "eval_truncated"}
+    figures = {"accuracy", "stderr", "eval_length", "eval_truncated"}
     keys = {"step", "rollouts", "reward", "loss", "v_gap", "kl", "entropy", "grad_norm", "length"}
     keys |= {"truncated", "seconds", "seconds_rollout"}
     if algo == "reval":
         keys |= {"residual", "age"}
-    assert set(rows[0]) == {"step", "rollouts"} | looked
-    assert set(rows[2]) == keys and set(rows[3]) == set(rows[4]) == keys | looked
+    assert set(rows[0]) == {"step", "rollouts"} | figures
+    assert set(rows[2]) == keys and set(rows[3]) == set(rows[4]) == keys | figures
     assert rows[-1]["rollouts"] == 4 * 16
     last = dict(line.split(": ", 1) for line in printed.splitlines()[-6:])
     assert float(last["accuracy_after"]) == pytest.approx(rows[-1]["accuracy"], abs=1e-3)
     assert float(last["accuracy_before"]) == pytest.approx(rows[0]["accuracy"], abs=1e-3)
-    assert last["rollouts"] == "64" and last["out"] == str(out)
-    again = rm.train(quick(model=str(out / "model"), steps=0, eval_problems=4))
-    assert 0 <= again["accuracy"] <= 1
-
-
-@pytest.mark.parametrize("algo", ["reval", "grpo"])
-def test_same_seed_same_run(algo, calm, quick):
-    """To the bit, metrics and weights, though one evaluates and prints at each step."""
-    out, _ = calm(**PLAIN | {"algo": algo})
-    looked = quick(**PLAIN | {"algo": algo, "eval_every": 1})
-    rm.train(looked)
-    for a, b in zip(timeless(rows_of(out)), timeless(rows_of(looked.out)), strict=True):
+    assert last["rollouts"] == "64" and last["out"] == name
+    assert rm.train(quick(model=f"{name}/model", steps=0, eval_problems=4))["accuracy"] <= 1
+    looked = quick(**plain | {"eval_every": 1})
+    other = quick(**plain | {"steps": 1, "seed": SEED + 1})
+    for cfg in (looked, other):
+        rm.train(cfg)
+    for a, b in zip(timeless(out), timeless(looked.out), strict=True):
         assert a.items() <= b.items()
     assert files_of(out).items() <= files_of(looked.out).items()
-    other = quick(steps=1, algo=algo, seed=SEED + 1)
-    rm.train(other)
-    assert timeless(rows_of(out))[1]["entropy"] != rows_of(other.out)[1]["entropy"]
+    assert rows[1]["entropy"] != rows_of(other.out)[1]["entropy"]
 
 
 def test_runs_can_share_a_start(quick):
     """--model DIR continues exactly as the run would have that made DIR."""
-    whole = quick(model=None, distill_steps=3, steps=2)
-    made = quick(model=None, distill_steps=3, steps=0)
-    rm.train(whole)
-    rm.train(made)
-    rest = quick(model=made.out + "/model", steps=2)
-    rm.train(rest)
+    sizes = {"distill_steps": 3, "eval_problems": 8, "max_new_tokens": 8}
+    whole = quick(model=None, steps=2, **sizes)
+    made = quick(model=None, steps=0, **sizes)
+    rest = quick(model=made.out + "/model", steps=2, **sizes)
+    for cfg in (whole, made, rest):
+        rm.train(cfg)
     same_runs(whole.out, rest.out)
 
 
@@ -1728,17 +1505,15 @@ def test_the_script_from_an_empty_folder(tmp_path, monkeypatch, capsys):
     argv = "--steps 1 --distill-steps 3 --prompts 2 --rollouts 2 --updates 2 --eval-problems 8"
     command = [sys.executable, str(HERE / "reval_min.py"), *argv.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # progress bars are for terminals
+    assert done.returncode == 0 and done.stderr == "", done.stderr  # bars are for terminals
     monkeypatch.chdir(tmp_path)
     assert rm.main(argv.split()) == 0
-    again = capsys.readouterr().out
-    for name, text in (("toy-reval-s0", done.stdout), ("toy-reval-s0-2", again)):
-        out = Path("runs", name)
+    outs = [Path("runs", name) for name in ("toy-reval-s0", "toy-reval-s0-2")]
+    for out, text in zip(outs, (done.stdout, capsys.readouterr().out), strict=True):
         assert (out / "model" / "model.safetensors").exists()
         last = dict(line.split(": ", 1) for line in text.splitlines()[-6:])
         assert last["out"] == str(out) and last["rollouts"] == "4"
-    same_runs(Path("runs", "toy-reval-s0"), out)  # another process, the same run
+    same_runs(*outs)  # another process, the same run
 
 
 def test_the_commands_of_the_documents(monkeypatch):
@@ -1759,20 +1534,16 @@ def test_the_commands_of_the_documents(monkeypatch):
 # ---- Nothing is lost -----------------------------------------------------------------------------
 
 
-RESUMED = [{}, {"ref_reset": 2}, {"algo": "grpo"}, {"dtype": "bfloat16", "algo": "tbrm"}]
-
-
 @pytest.mark.parametrize("changes", RESUMED)
 def test_resume_is_exact(changes, calm, quick, capsys):
     """N + M steps are N, stop, M: metrics, samples, evaluations and weights, to the bit."""
     whole, printed = calm(**PLAIN | changes)
     part = quick(**PLAIN | changes | {"steps": 3})
     rm.train(part)
-    before = capsys.readouterr().out
     assert rm.main(["--resume", part.out, "--steps", "4"]) == 0
-    after = capsys.readouterr().out
     same_runs(whole, part.out)
-    samples = [re.findall(r"  (?:right|wrong): .*", text) for text in (printed, before + after)]
+    both = (printed, capsys.readouterr().out)
+    samples = [re.findall(r"  (?:right|wrong): .*", text) for text in both]
     assert samples[0] == samples[1] != []
 
 
@@ -1780,25 +1551,24 @@ def test_resume_with_other_settings(calm, capsys, tmp_path):
     """A complete run writes its model again; another folder, a learning rate and more steps may be
     given, and the run that was gone on with stays as it was."""
     whole, _ = calm(**PLAIN)
-    part, same, other = (tmp_path / name for name in ("part", "same", "other"))
+    part, same, other = (str(tmp_path / name) for name in ("part", "same", "other"))
     shutil.copytree(whole, part)
-    shutil.rmtree(part / "model")
-    assert rm.main(["--resume", str(part)]) == 0
+    shutil.rmtree(part + "/model")
+    assert rm.main(["--resume", part]) == 0
     same_runs(whole, part)
     kept = content(part)
-    resume = ["--resume", str(part), "--steps", "5"]
-    assert rm.main([*resume, "--out", str(same)]) == 0
-    changes = ["--lr", "1e-3", "--micro-batch-tokens", "99"]
-    assert rm.main([*resume, "--out", str(other), *changes]) == 0
+    resume = {"resume": part, "steps": 5}
+    assert rm.main(flags(resume | {"out": same})) == 0
+    assert rm.main(flags(resume | {"out": other, "lr": 1e-3, "micro_batch_tokens": 99})) == 0
     assert content(part) == kept
-    rows, changed = timeless(rows_of(same)), timeless(rows_of(other))
-    assert rows[:5] == changed[:5] == timeless(rows_of(whole))
+    rows, changed = timeless(same), timeless(other)
+    assert rows[:5] == changed[:5] == timeless(whole)
     assert len(rows) == len(changed) == 6 and rows[5]["reward"] == changed[5]["reward"]
     assert content(same, "*.safetensors") != content(other, "*.safetensors")
-    settings = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    assert settings["lr"] == 1e-3 and settings["steps"] == 5 and settings["out"] == str(other)
+    settings = json.loads(Path(other, "config.json").read_text(encoding="utf-8"))
+    assert settings["lr"] == 1e-3 and settings["steps"] == 5 and settings["out"] == other
     assert settings["eval_every"] == 3  # the run's own, not the default
-    assert rm.main(["--resume", str(other)]) == 0 and f"out: {other}" in capsys.readouterr().out
+    assert rm.main(["--resume", other]) == 0 and f"out: {other}" in capsys.readouterr().out
 
 
 def test_ctrl_c(calm, quick, monkeypatch, capsys):
@@ -1810,16 +1580,19 @@ def test_ctrl_c(calm, quick, monkeypatch, capsys):
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 5:  # in the middle of the second iteration
+        if len(calls) == 4:  # in the middle of the second iteration
             raise KeyboardInterrupt
         update(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(rm, "update", interrupted)
-        assert rm.main(flags(cfg)) == 130
+        assert rm.main(flags(vars(cfg))) == 130
     error = capsys.readouterr().err
     assert error.startswith("reval_min: ") and error.endswith(f" --resume {cfg.out}\n")
     assert error.count("\n") == 1 and len(rows_of(cfg.out)) == 2
+    ended = {"resume": cfg.out, "steps": 1, "out": cfg.out + "-ended"}  # between two evaluations
+    assert rm.main(flags(ended)) == 0 and "accuracy_after: " in capsys.readouterr().out
+    assert content(cfg.out, "checkpoint.pt").keys() == content(ended["out"], "checkpoint.pt").keys()
     assert rm.main(["--resume", cfg.out]) == 0
     same_runs(whole, cfg.out)
 
@@ -1829,34 +1602,30 @@ def test_every_write_may_fail(calm, quick, monkeypatch, capsys):
     last checkpoint goes on to the very run that nothing disturbed."""
     sizes = PLAIN | {"steps": 1, "updates": 1, "eval_problems": 2}
     whole, _ = calm(**sizes)
-    full = OSError(28, "No space left on device")
-    calls = {}
 
     def failing(module, name, at):
         plain = getattr(module, name)
-        calls[name] = 0
+        calls = []
 
         def call(*args, **kwargs):
-            calls[name] += 1
-            if calls[name] != at:
+            calls.append(args)
+            if len(calls) != at:
                 return plain(*args, **kwargs)
             if name == "save":
                 args[1].write(b"half of a checkpoint")
-            raise full
+            raise OSError(28, "No space left on device")
 
         return call
 
     # config.json; the evaluation, metrics and checkpoint of step 0; those of step 1; the model.
-    cases = []
-    for at in range(1, 8):
-        cases.append((os, "fsync" if at % 2 else "replace", at, at > 4))
+    cases = [(os, "fsync" if at % 2 else "replace", at, at > 4) for at in range(1, 8)]
     cases += [(torch, "save", 1, False), (torch, "save", 2, True)]
     cases += [(transformers.PreTrainedModel, "save_pretrained", 1, True), (Path, "rename", 1, True)]
     for module, name, at, goes_on in cases:
         cfg = quick(**sizes)
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing(module, name, at))
-            assert "No space left" in refusal(flags(cfg), capsys), (name, at)
+            assert "No space left" in refusal(flags(vars(cfg)), capsys), (name, at)
         assert {file.name for file in Path(cfg.out).glob("*.part")} <= {"model.part"}
         assert Path(cfg.out, "checkpoint.pt").exists() == goes_on
         if goes_on:
@@ -1875,18 +1644,15 @@ def test_broken_checkpoints_are_refused(calm, tmp_path, capsys):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    def saved(value):
-        written = io.BytesIO()
-        torch.save(value, written)
-        return written.getvalue()
-
-    broken = [b"", good[: len(good) // 2], b"hello", saved(Hostile()), saved([1])]
-    broken.append(saved(state | {"masters": state["masters"][1:]}))
-    broken.append(saved(state | {"masters": [torch.ones(2, 2) for _ in state["masters"]]}))
-    broken.append(saved(state | {"optimizer": {}}))
-    broken.append(saved({key: state[key] for key in state if key != "history"}))
-    for made in broken:
-        file.write_bytes(made)
+    shapeless = [torch.ones(2, 2) for _ in state["masters"]]
+    broken = [Hostile(), [1], state | {"optimizer": {}}, state | {"masters": shapeless}]
+    broken.append(state | {"masters": state["masters"][1:]})
+    broken.append({key: state[key] for key in state if key != "history"})
+    for made in (b"", good[: len(good) // 2], b"hello", *broken):
+        if isinstance(made, bytes):
+            file.write_bytes(made)
+        else:
+            torch.save(made, file)
         assert "checkpoint.pt" in refusal(["--resume", str(out), "--steps", "5"], capsys)
         assert config.read_bytes() == settings and len(rows_of(out)) == 5
     assert not (tmp_path / "executed").exists()
@@ -1899,48 +1665,38 @@ def test_broken_checkpoints_are_refused(calm, tmp_path, capsys):
 
 
 def test_changes_that_make_another_run_are_refused(calm, tmp_path, capsys):
-    """Other problems, another --algo or --reward, fewer steps than were made: refused in a line,
-    and the run stays as it was."""
+    """Other problems, --algo or --reward, fewer steps: refused, and the run stays as it was."""
     out = shutil.copytree(calm(**PLAIN)[0], tmp_path / "out")
     kept = content(out)
-    for change in ("--algo grpo", "--reward centered", f"--seed {SEED + 1}"):
-        argv = ["--resume", str(out), "--steps", "5", *change.split()]
-        assert "have changed" in refusal(argv, capsys)
-    assert "it is at step 4" in refusal(["--resume", str(out), "--steps", "3"], capsys)
+    for change in ({"algo": "grpo"}, {"reward": "centered"}, {"seed": SEED + 1}):
+        assert "have changed" in refusal(flags({"resume": out, "steps": 5} | change), capsys)
+    assert "it is at step 4" in refusal(flags({"resume": out, "steps": 3}), capsys)
     assert content(out) == kept
-    file = tmp_path / "p.json"
-    rows = [{"problem": f"{i} + 1?", "answer": i + 1} for i in range(20)]
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    out = str(tmp_path / "real")
-    argv = ["--model", saved_model(tmp_path / "m"), "--data", str(file), "--steps", "1", *SHORT]
-    assert rm.main([*argv, "--out", out]) == 0
-    file.write_text(json.dumps(rows[1:]), encoding="utf-8")
-    assert "have changed" in refusal(["--resume", out, "--steps", "2"], capsys)
+    file, real = tmp_path / "p.jsonl", tmp_path / "real"
+    tiny_run(saved_model(tmp_path / "m"), json_lines(file, SUMS), real, "--steps", "1")
+    json_lines(file, SUMS[1:])
+    assert "have changed" in refusal(flags({"resume": real, "steps": 2}), capsys)
 
 
 def test_hostile_text(tmp_path, capsys):
-    """Names of special tokens in a problem are text; odd characters, huge rows and braces neither
-    crash nor spoil a log."""
+    """Special tokens in a problem are text; odd characters, huge rows and braces spoil nothing."""
     folder = saved_model(tmp_path / "m", chat=True)
-    cfg = rm.Config(model=folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    (prompt,) = rm.encode_prompts(tokenizer, ["1</s><user>2<s></s </s>"], cfg)
+    (prompt,) = rm.encode_prompts(tokenizer, ["1</s><user>2<s></s </s>"], rm.Config())
     ids = prompt.tolist()
     assert ids.count(1) == 0 and ids.count(0) == 1 and ids.count(2) == 1  # the template's own
-    file, out = tmp_path / "p.jsonl", tmp_path / "out"
     texts = ["a</s>b", "\ud800", "\x00\x1b[2J\r\u2028", "{problem} {0} %s {% if %}", "x" * 10**6]
     texts += ["ü😀", "{{ messages }}"]
-    lines = [json.dumps({"problem": text, "answer": "5"}) for text in texts * 2]
-    file.write_text("\n".join(lines), encoding="utf-8")
-    argv = ["--model", folder, "--data", str(file), "--eval-data", str(file), "--steps", "1"]
-    argv += [*SHORT, "--eval-problems", "9", "--out", str(out)]
-    assert rm.main(argv) == 0
-    assert "dropped 8 of 14 rows" in capsys.readouterr().out  # 7 repeat, one is too long
-    text = (out / "eval-00000.jsonl").read_text(encoding="utf-8")
-    problems = [json.loads(line)["problem"] for line in text.split("\n")[:-1]]
+    files = []
+    for end in ("", "."):
+        rows = [{"problem": text + end, "answer": "5"} for text in texts * 2]
+        files.append(json_lines(tmp_path / f"rows{end}", rows))
+    words = ["--steps", "1", "--eval-data", files[0], "--eval-problems", "9"]
+    assert len(tiny_run(folder, files[1], tmp_path / "out", *words)) == 2
+    assert capsys.readouterr().out.count("dropped 8 of 14 rows") == 2  # 7 repeat, one is too long
+    problems = [row["problem"] for row in rows_of(tmp_path / "out", "eval-00000.jsonl")]
     short = [text for text in texts if len(text) < 99]
     assert list(dict.fromkeys(problems)) == short and len(problems) == 16 * 6
-    assert len(rows_of(out)) == 2
 
 
 def test_an_ascii_console(monkeypatch):
@@ -1991,9 +1747,8 @@ def text_of(value):
     if None in value:
         return f"never ({value.count(None)} of {len(value)})"
     digits = 0 if max(value) >= 100 else 3
-    if len(value) == 1:
-        return f"{value[0]:.{digits}f}"
-    return f"{fmean(value):.{digits}f} +- {stdev(value):.{digits}f}"
+    spread = f" +- {stdev(value):.{digits}f}" if len(value) > 1 else ""
+    return f"{fmean(value):.{digits}f}{spread}"
 
 
 def print_table(rows):
@@ -2063,26 +1818,17 @@ def run_cell(cfg):
 
 
 def figures(out):
-    """A run's numbers for the table, and its rewards."""
+    """A run's rewards, and its numbers for the table."""
     start, *rows = rows_of(out)
     rewards = [row["reward"] for row in rows]
     solved = None
     for i in range(2, len(rows)):
         if solved is None and fmean(rewards[i - 2 : i + 1]) >= 0.7:
             solved = rows[i]["rollouts"]
-    return (
-        rewards,
-        {
-            "before": start["accuracy"],
-            "after": rows[-1]["accuracy"],
-            "mean reward": fmean(rewards),
-            "less the first's": 0.0,  # known later
-            "last 10": fmean(rewards[-10:]),
-            "rollouts to .7": solved,
-            "KL": rows[-1]["kl"],
-            "cpu s": float(Path(out, "cpu_seconds").read_text()),
-        },
-    )
+    columns = {"before": start["accuracy"], "after": rows[-1]["accuracy"]}
+    columns |= {"mean reward": fmean(rewards), "less the first's": 0.0}  # the latter is known later
+    columns |= {"last 10": fmean(rewards[-10:]), "rollouts to .7": solved, "KL": rows[-1]["kl"]}
+    return rewards, columns | {"cpu s": float(Path(out, "cpu_seconds").read_text())}
 
 
 def study(args):
@@ -2123,8 +1869,6 @@ def study(args):
         print('    y-axis "reward, mean of the seeds" 0 --> 1')
         print("\n".join(f"    line {line}" for line in lines) + "\n```")
 
-
-# ---- Evidence: python test_reval_min.py study one-prompt -----------------------------------------
 
 DIFFICULTIES = {"hard": 0.10, "medium": 0.40, "easy": 0.68}  # base success, as in the paper
 ROUNDS = 60  # at most
@@ -2207,14 +1951,9 @@ def one_prompt(args, out, seeds):
 # ---- Evidence: python test_reval_min.py bench ----------------------------------------------------
 
 DEVICE = "cuda" if rm.ON_GPU else "cpu"
-QWEN_1_5B = {  # the shape of DeepSeek-R1-Distill-Qwen-1.5B
-    "vocab_size": 151_936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-}
+# The shape of DeepSeek-R1-Distill-Qwen-1.5B.
+QWEN_1_5B = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960}
+QWEN_1_5B |= {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
 
 
 def measure(work):
@@ -2274,9 +2013,8 @@ def random_model(shape, T, ends):
     config = transformers.Qwen2Config(**shape, tie_word_embeddings=False)
     with torch.device(DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=T, eos_token_id=list(range(ends)), pad_token_id=0
-    )
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": T, "pad_token_id": 0}
+    model.generation_config = transformers.GenerationConfig(eos_token_id=list(range(ends)), **how)
     return model.eval()
 
 
@@ -2294,7 +2032,8 @@ def bench_sampler(sampler, batch, shape=QWEN_1_5B, T=1024, ends=300):
 def bench_iteration(offload, shape=QWEN_1_5B, n=64, T=1024):
     """One iteration of ReVal, K = 2, with n responses of T tokens. -> {phase: seconds, peak GB}"""
     model = random_model(shape, T, 1)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     changes = {"offload": offload, "prompts": n // 8, "max_new_tokens": T}
     cfg = rm.Config(**rm.PRESETS["r1-distill-1.5b"] | changes)
     run = rm.Run(cfg, model, [])
@@ -2392,9 +2131,6 @@ def faults(args):
             return
 
 
-# ---- Evidence: its tests and its command line ----------------------------------------------------
-
-
 def test_bench_runs():
     """Its parts, in small, so that those for a GPU are known to work."""
     shape = dict.fromkeys(QWEN_1_5B, 2) | {"vocab_size": 512, "hidden_size": 32}
@@ -2410,8 +2146,11 @@ def test_studies_run(tmp_path, monkeypatch, capsys):
     """A study prints a row for each variant; called again it takes its runs from the disk."""
     here = sys.modules[__name__]
     monkeypatch.setattr(here, "in_processes", lambda f, calls, jobs: [f(*call) for call in calls])
-    problem = {"problem": "12+34+56=?", "answer": "102"}
-    monkeypatch.setattr(rm, "make_problem", lambda generator, held_out: problem)
+
+    def make_problem(generator, held_out):
+        return {"problem": "12+34+56=?" if held_out else "56+34+12=?", "answer": "102"}
+
+    monkeypatch.setattr(rm, "make_problem", make_problem)
     monkeypatch.setattr(rm, "distill", lambda *_: None)
     monkeypatch.setattr(rm, "evaluate", lambda *_: {"accuracy": 0.5, "stderr": 0.1})
     variant = "algo=reval updates=1 steps=1 prompts=2 rollouts=2"
