@@ -278,8 +278,8 @@ class ReplayBuffer:
 
 
 # ---- 4. One iteration ----------------------------------------------------------------------------
-# The whole method, arguments shortened. `train`, at the end of the file, is these lines and what a
-# long run needs besides: evaluation, a log, checkpoints.
+# The whole method, arguments shortened. `collect`, `learn` and `train`, at the end of the file, are
+# these lines and what a long run needs besides: evaluation, a log, checkpoints.
 #
 #     fresh = rollout(model, some problems, several responses each)   # reward: is it right?
 #     add_signals(fresh)                                              # r, or that less a mean
@@ -440,8 +440,9 @@ def load_problems(cfg):
     generator = rng(cfg.seed, 0, "problems")
     if not cfg.data:
         problems = [make_problem(generator, held_out=False) for _ in range(10_000)]
-        sums = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
-        return problems, held_out or sums
+        if not held_out:
+            held_out = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
+        return problems, held_out
     evaluated = {p["problem"] for p in held_out}
     problems = [p for p in read_problems(cfg.data) if p["problem"] not in evaluated]
     generator.shuffle(problems)
@@ -868,6 +869,12 @@ def make_model(seed):
     return transformers.AutoModelForCausalLM.from_config(config), tokenizer
 
 
+def enable_checkpointing(model):
+    """Makes activations twice instead of keeping them, under transformers' new name or old one."""
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
 def from_disk_or_hub(cfg):
     """The model and tokenizer that --model names. UserError if they do not load."""
     try:
@@ -879,9 +886,8 @@ def from_disk_or_hub(cfg):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             cfg.model, config=config, dtype=getattr(torch, cfg.dtype)
         )
-        if cfg.gradient_checkpointing:  # under its new name and its old one
-            old = model.gradient_checkpointing_enable
-            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        if cfg.gradient_checkpointing:
+            enable_checkpointing(model)
         return model, tokenizer
     except Exception as error:  # whatever a damaged folder makes transformers raise
         reason = f"no causal LM and its tokenizer, in a folder or on the hub ({first_line(error)})"
@@ -1098,6 +1104,7 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
     [P], response [T] (int64, EOS included), text, ended (by itself?), reward (0 or 1), step."""
     texts = list({p["problem"]: None for p in problems})  # several responses share their prompt
     known = dict(zip(texts, encode_prompts(tokenizer, texts, cfg), strict=True))
+    thoughts = {text: open_thought(tokenizer.decode(known[text]), text) for text in texts}
     prompts = [known[p["problem"]] for p in problems]
     limit = getattr(model.config, "max_position_embeddings", math.inf)
     if max(len(prompt) for prompt in prompts) + cfg.max_new_tokens > limit:
@@ -1113,7 +1120,6 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
             response = response[: stops[0] + 1]
         # Special tokens are kept in the text: a model may mark its thought by them.
         text = tokenizer.decode(response[:-1] if ended else response)
-        whole = open_thought(tokenizer.decode(prompt), p["problem"]) + text
         trajectories.append(
             {
                 **p,
@@ -1121,7 +1127,7 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
                 "response": response.clone(),  # else the checkpoint keeps what comes after the EOS
                 "text": text,
                 "ended": ended,
-                "reward": float(ended and is_correct(whole, p["answer"])),
+                "reward": float(ended and is_correct(thoughts[p["problem"]] + text, p["answer"])),
                 "step": step,
             }
         )
@@ -1578,6 +1584,39 @@ def learning_rate(cfg, step):
     return cfg.lr * rise * decay
 
 
+def collect(run, tokenizer, problems, cfg, step):
+    """One response of the live model to each problem, with all that the loss needs, into the
+    buffer. -> the fresh batch"""
+    fresh = rollout(run.model, tokenizer, problems, cfg, step, "rollout")
+    add_signals(fresh, cfg)
+    cache_values(run.reference.to(cfg.device), fresh, cfg, "ref")
+    run.reference.to(run.place)
+    if cfg.algo == "grpo":
+        cache_values(run.model, fresh, cfg, "old")
+    run.buffer.add(fresh)
+    return fresh
+
+
+def learn(run, fresh, cfg, step):
+    """The K updates of an iteration: once from the fresh batch, then from the buffer (GRPO: the
+    fresh batch again). -> figures of the first, which are those of the policy that sampled it;
+    the mean grad_norm; and the mean age of what was replayed."""
+    run.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+    figures = []
+    ages = []
+    for k in range(cfg.updates):
+        batch = fresh
+        if k > 0 and cfg.algo != "grpo":
+            batch = run.buffer.sample(len(fresh))
+            ages += [step - t["step"] for t in batch]
+        figures.append(gradient(run.model, run.masters, batch, cfg))
+        update(run.model, run.masters, run.optimizer)
+    row = figures[0] | {"grad_norm": fmean(f["grad_norm"] for f in figures)}
+    if ages:
+        row["age"] = fmean(ages)
+    return row
+
+
 def train(cfg):
     """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
     start = time.time()
@@ -1622,26 +1661,11 @@ def train(cfg):
             len(problems), cfg.prompts, replace=cfg.prompts > len(problems)
         )
         asked = [problems[i] for i in chosen for _ in range(cfg.rollouts)]
-        fresh = rollout(model, tokenizer, asked, cfg, step, "rollout")
-        add_signals(fresh, cfg)
-        cache_values(run.reference.to(cfg.device), fresh, cfg, "ref")
-        run.reference.to(run.place)
-        if cfg.algo == "grpo":
-            cache_values(model, fresh, cfg, "old")
-        run.buffer.add(fresh)
+        fresh = collect(run, tokenizer, asked, cfg, step)
         sampled = time.time()
 
-        # 2. Learn: once from the fresh batch, then from the buffer (GRPO: the fresh batch again).
-        run.optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
-        figures = []
-        ages = []
-        for k in range(cfg.updates):
-            batch = fresh
-            if k > 0 and cfg.algo != "grpo":
-                batch = run.buffer.sample(len(fresh))
-                ages += [step - t["step"] for t in batch]
-            figures.append(gradient(model, run.masters, batch, cfg))
-            update(model, run.masters, run.optimizer)
+        # 2. Learn: K updates, from the fresh batch and from the buffer.
+        row = learn(run, fresh, cfg, step)
 
         # 3. Now and then the reference catches up: what was cached from the old one is stale.
         if cfg.ref_reset and step % cfg.ref_reset == 0:
@@ -1649,19 +1673,16 @@ def train(cfg):
             cache_values(model, run.buffer.items, cfg, "ref")
         learned = time.time()
 
-        # 4. Tell. The figures of the first update are those of the policy that sampled the batch.
-        row = figures[0] | {
+        # 4. Tell.
+        row |= {
             "step": step,
             "rollouts": run.history[-1]["rollouts"] + len(fresh),
             "reward": fmean(t["reward"] for t in fresh),
-            "grad_norm": fmean(f["grad_norm"] for f in figures),
             "length": fmean(len(t["response"]) for t in fresh),
             "truncated": fmean(not t["ended"] for t in fresh),
             "seconds_rollout": sampled - begin,
             "seconds": learned - begin,
         }
-        if ages:
-            row["age"] = fmean(ages)
         if cfg.device == "cuda":
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
         look = step % cfg.eval_every == 0 or step == cfg.steps

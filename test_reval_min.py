@@ -1890,17 +1890,8 @@ def solve(start, variant, problem, seed):
     run = rm.Run(cfg, model, [])
     rounds = None
     for step in range(1, ROUNDS + 1):
-        fresh = rm.rollout(model, tokenizer, [problem] * cfg.rollouts, cfg, step, "rollout")
-        rm.add_signals(fresh, cfg)
-        rm.cache_values(run.reference, fresh, cfg, "ref")
-        rm.cache_values(model, fresh, cfg, "old")  # for GRPO
-        run.buffer.add(fresh)
-        run.optimizer.param_groups[0]["lr"] = rm.learning_rate(cfg, step)
-        for k in range(cfg.updates):
-            on_policy = k == 0 or cfg.algo == "grpo"
-            batch = fresh if on_policy else run.buffer.sample(len(fresh))
-            rm.gradient(model, run.masters, batch, cfg)
-            rm.update(model, run.masters, run.optimizer)
+        fresh = rm.collect(run, tokenizer, [problem] * cfg.rollouts, cfg, step)
+        rm.learn(run, fresh, cfg, step)
         if success(model, tokenizer, [problem], 64, seed, step)[0] >= 0.95:
             rounds = step
             break
@@ -2032,8 +2023,7 @@ def bench_sampler(sampler, batch, shape=QWEN_1_5B, T=1024, ends=300):
 def bench_iteration(offload, shape=QWEN_1_5B, n=64, T=1024):
     """One iteration of ReVal, K = 2, with n responses of T tokens. -> {phase: seconds, peak GB}"""
     model = random_model(shape, T, 1)
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    rm.enable_checkpointing(model)
     changes = {"offload": offload, "prompts": n // 8, "max_new_tokens": T}
     cfg = rm.Config(**rm.PRESETS["r1-distill-1.5b"] | changes)
     run = rm.Run(cfg, model, [])
