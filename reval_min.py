@@ -10,7 +10,7 @@ used again, from a replay buffer, without importance weights.
     python reval_min.py                     the built-in task, on a laptop: a minute or two
     python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
-    python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: not tried
+    python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: never made
     python reval_min.py --resume runs/NAME          go on after a stop; --help: every setting
 
 The file is read from top to bottom, and can be left after each part: I, the method; II, what it
@@ -313,9 +313,17 @@ def first_line(error):
     return str(error).split("\n")[0] or type(error).__name__
 
 
-def progress(items, what):
-    """Goes through items with a progress bar, if it takes more than 2 s and a person is looking."""
-    return tqdm(items, what, disable=None, leave=False, delay=2)
+def progress(what, total):
+    """A bar that says what is being done and how much is left, at once, if a person is looking."""
+    return tqdm(desc=what, total=total, disable=None, leave=False, miniters=0)
+
+
+def with_bar(groups, what):
+    """Goes through groups of responses, with a bar that counts the responses."""
+    with progress(what, sum(len(group) for group in groups)) as bar:
+        for group in groups:
+            yield group
+            bar.update(len(group))
 
 
 # ---- 5. Problems: the built-in task and its teacher, or a file -----------------------------------
@@ -876,62 +884,56 @@ def enable_checkpointing(model):
 
 
 def from_disk_or_hub(cfg):
-    """The model and tokenizer that --model names. UserError if they do not load."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        config = transformers.AutoConfig.from_pretrained(cfg.model)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)  # what learns must be what samples
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, config=config, dtype=getattr(torch, cfg.dtype)
-        )
-        if cfg.gradient_checkpointing:
-            enable_checkpointing(model)
-        return model, tokenizer
-    except Exception as error:  # whatever a damaged folder makes transformers raise
-        reason = f"no causal LM and its tokenizer, in a folder or on the hub ({first_line(error)})"
-        raise UserError(f"--model {cfg.model}: {reason}") from error
+    """The model and tokenizer that --model names."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
+    config = transformers.AutoConfig.from_pretrained(cfg.model)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)  # what learns must be what samples
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        cfg.model, config=config, dtype=getattr(torch, cfg.dtype)
+    )
+    if cfg.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model.to(cfg.device), tokenizer
 
 
 @torch.no_grad()
-def load_model(cfg):
-    """-> (model, tokenizer). UserError if they do not suit this file."""
-    model, tokenizer = from_disk_or_hub(cfg) if cfg.model else make_model(cfg.seed)
-    model.to(cfg.device).eval()
-    # q_from_logits needs logits = hidden @ head.T, and every id that the tokenizer may write.
+def check_model(model, tokenizer):
+    """ValueError if a model or its tokenizer does not suit this file."""
+    # q_from_logits needs logits = hidden @ head.T, and sample that a cache changes nothing.
     head = model.get_output_embeddings().weight  # [A, D]
-    tokens = torch.arange(8, device=cfg.device)[None]  # [1, 8]
-    logits = model(input_ids=tokens).logits.float()  # [1, 8, A]
-    hidden = model.base_model(input_ids=tokens).last_hidden_state  # [1, 8, D]
-    expected = F.linear(hidden, head).float()  # [1, 8, A]
+    tokens = torch.arange(8, device=model.device)[None]  # [1, 8]
+    hidden = model.base_model(input_ids=tokens).last_hidden_state[:, -1]  # [1, D]
+    expected = F.linear(hidden, head).float()  # [1, A]
+    cache = transformers.DynamicCache(config=model.config)
+    model(input_ids=tokens[:, :-1], past_key_values=cache)
+    logits = model(input_ids=tokens[:, -1:], past_key_values=cache).logits[:, -1].float()  # [1, A]
     rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
-    if (logits - expected).abs().max() > rounding * expected.abs().max():
-        raise UserError(
-            f"--model {cfg.model}: its logits are not hidden @ lm_head.T, as a bias, a scale or a "
-            "soft cap comes between; take another"
+    if not (logits - expected).abs().max() <= rounding * expected.abs().max():
+        raise ValueError(
+            "its logits are not hidden @ lm_head.T, as a bias, a scale or a soft cap comes "
+            "between, or it has no cache of keys and values; take another"
         )
     if len(tokenizer) > len(head):
-        raise UserError(f"--model {cfg.model}: its tokenizer has more tokens than the model knows")
-    # Samples must follow softmax(logits), or they are not the policy's. Models bring a temperature,
-    # a top-k and more in their generation_config, and generate() fills from it whatever a caller
-    # leaves open. So a complete one replaces it; only the tokens that end a response are kept.
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = {*ends, tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise UserError(f"--model {cfg.model}: it names no end-of-sequence token")
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=cfg.max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),  # any: masks come from lengths
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    return model, tokenizer
+        raise ValueError("its tokenizer has more tokens than the model knows")
+    if not end_tokens(model, tokenizer):
+        raise ValueError("it names no end-of-sequence token")
+
+
+def load_model(cfg):
+    """-> (model, tokenizer). UserError if --model names none, or one that does not suit."""
+    if not cfg.model:
+        model, tokenizer = make_model(cfg.seed)
+        return model.to(cfg.device).eval(), tokenizer
+    try:
+        model, tokenizer = from_disk_or_hub(cfg)
+        check_model(model, tokenizer)
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        here = "that folder" if Path(cfg.model).is_dir() else "no such folder; as a name on the hub"
+        reason = f"no causal LM and its tokenizer that can be used ({first_line(error)})"
+        raise UserError(f"--model {cfg.model}: {here}: {reason}") from error
+    return model.eval(), tokenizer
 
 
 def encode_prompts(tokenizer, problems, cfg):
@@ -1017,7 +1019,7 @@ def cache_values(model, trajectories, cfg, name):
     """Writes the model's "q_<name>" and "v_<name>" [T] into each trajectory. The reference's serve
     at every reuse, so they are computed once: by the live model's function, or equal models would
     not cancel to zero. GRPO also needs those of the policy that sampled."""
-    for group in progress(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
+    for group in with_bar(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
         q, v, mask = score(model, group)  # [B, T] each
         q, v, mask = q.cpu(), v.cpu(), mask.cpu()
         for i, t in enumerate(group):
@@ -1033,7 +1035,7 @@ def distill(model, tokenizer, cfg):
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     generator = rng(cfg.seed, 0, "distillation")
-    for step in progress(range(cfg.distill_steps), "distilling"):
+    for step in tqdm(range(cfg.distill_steps), "distilling", disable=None, leave=False):
         done = step / cfg.distill_steps
         problems = []
         answers = []
@@ -1058,38 +1060,82 @@ def distill(model, tokenizer, cfg):
         optimizer.step()
 
 
+def end_tokens(model, tokenizer):
+    """The ids that end a response, as a set: the tokenizer's EOS, and those the model names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return {*named, tokenizer.eos_token_id} - {None}
+
+
 @torch.no_grad()
-def sample(model, prompts, cfg, seed):
-    """One response of the policy to each prompt: 1-D int64 tensors, which may go on after the
-    EOS."""
-    if cfg.sampler == "continuous":
-        return sample_continuously(model, prompts, seed)
-    torch.manual_seed(seed)
-    responses = []
-    for start in progress(range(0, len(prompts), 256), "sampling"):
-        chunk = prompts[start : start + 256]
-        # generate() wants the prompts to end side by side: padding goes to the left.
-        tokens = pad(chunk, model.device, "left")  # [B, P]
-        mask = pad([torch.ones_like(prompt) for prompt in chunk], model.device, "left")  # [B, P]
-        sampled = model.generate(tokens, attention_mask=mask)  # [B, P + T]
-        responses += sampled[:, tokens.shape[1] :].cpu()
-    return responses
+def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
+    """One response of the policy softmax(Q(s, .)) to each of B prompts, which grow side by side.
+
+    The model's cache keeps what later tokens need of earlier ones, so that only the newest is read.
+    A response that has ended leaves the batch, and its place in the cache: no one waits for it.
+    """
+    # Texts must end in the same column: so the padding is on the left. It is masked, and positions
+    # do not count it.
+    tokens = pad(prompts, model.device, "left")  # [B, L]
+    mask = pad([torch.ones_like(prompt) for prompt in prompts], model.device, "left")  # [B, L]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
+    cache = transformers.DynamicCache(config=model.config)
+    responses = [[] for _ in prompts]
+    growing = responses  # those that have not ended, in the order of the batch
+    for _ in range(max_new_tokens):
+        texts = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        logits = model(**texts, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # [B, A]
+        pi = logits.float().softmax(1)  # [B, A]
+        tokens = torch.multinomial(pi, 1, generator=generator)  # [B, 1]
+        for response, token in zip(growing, tokens[:, 0].tolist(), strict=True):
+            response.append(token)
+        going = [row for row, response in enumerate(growing) if response[-1] not in ends]
+        bar.update(len(growing) - len(going))
+        if not going:
+            break
+        if len(going) < len(growing):
+            growing = [growing[row] for row in going]
+            rows = torch.tensor(going, device=model.device)  # [B], fewer from here on
+            tokens, mask, positions = tokens[rows], mask[rows], positions[rows]
+            cache.reorder_cache(rows)
+        mask = F.pad(mask, (0, 1), value=1)  # [B, L + 1]
+        positions = positions[:, -1:] + 1  # [B, 1]
+    return [torch.tensor(response) for response in responses]
 
 
-def sample_continuously(model, prompts, seed):
-    """The same by continuous batching. Where generate() waits for the slowest of 256 responses, it
-    puts the next prompt in as soon as one has ended, and pages the cache. Its manager lives for one
-    call, so that nothing computed from old weights outlives them."""
-    on_gpu = model.device.type == "cuda"
-    limits = {} if on_gpu else {"num_blocks": 64, "max_batch_tokens": 512}  # a GPU is measured
-    outputs = model.generate_batch(
-        [prompt.tolist() for prompt in prompts],
-        warmup=on_gpu,
-        continuous_batching_config=transformers.ContinuousBatchingConfig(seed=seed, **limits),
+@torch.no_grad()
+def tell_sampling(model, tokenizer, problems, cfg):
+    """Says how much memory sampling may take. UserError if the model cannot read that far."""
+    prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
+    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    if longest > limit:
+        raise UserError(
+            f"a prompt and its response may have {longest} tokens, but the model reads {limit} at "
+            "most; lower --max-new-tokens, or take out the longest problems"
+        )
+    cache = transformers.DynamicCache(config=model.config)
+    model(input_ids=prompts[0][None, :1].to(model.device), past_key_values=cache)
+    growth = 0  # bytes that a token adds to the cache
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):  # else the layer is a recurrent one
+            growth += layer.keys.nbytes + layer.values.nbytes
+    print(
+        f"sampling up to {cfg.rows} responses side by side (--rows), of up to {longest} tokens "
+        f"with the prompt: {cfg.rows * longest * growth / 1e9:.2g} GB of cache at most",
+        flush=True,
     )
-    responses = [torch.tensor(x.generated_tokens) for x in outputs.values() if not x.error]
-    if len(responses) < len(prompts):
-        raise UserError("continuous batching failed, as told above; try --sampler generate")
+
+
+def sample(model, prompts, ends, cfg, seed, what="sampling"):
+    """One response of the policy to each prompt: 1-D int64 tensors, which end with an EOS, one of
+    ends, or were cut at cfg.max_new_tokens. At most cfg.rows are sampled side by side."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    responses = []
+    with progress(what, len(prompts)) as bar:
+        for start in range(0, len(prompts), cfg.rows):
+            chunk = prompts[start : start + cfg.rows]
+            responses += sample_together(model, chunk, ends, cfg.max_new_tokens, generator, bar)
     return responses
 
 
@@ -1101,33 +1147,31 @@ def open_thought(prompt, problem):
 
 def rollout(model, tokenizer, problems, cfg, step, purpose):
     """Samples one response to each problem. -> trajectories, plain dicts: problem, answer, prompt
-    [P], response [T] (int64, EOS included), text, ended (by itself?), reward (0 or 1), step."""
+    [P], response [T] (int64, EOS included), text, ended (by itself?), found (the answer in it),
+    reward (0 or 1), step."""
     texts = list({p["problem"]: None for p in problems})  # several responses share their prompt
     known = dict(zip(texts, encode_prompts(tokenizer, texts, cfg), strict=True))
     thoughts = {text: open_thought(tokenizer.decode(known[text]), text) for text in texts}
     prompts = [known[p["problem"]] for p in problems]
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
-    if max(len(prompt) for prompt in prompts) + cfg.max_new_tokens > limit:
-        raise UserError(f"the model reads {limit} tokens at most; lower --max-new-tokens")
+    ends = end_tokens(model, tokenizer)
     seed = int(rng(cfg.seed, step, purpose).integers(2**62))
-    responses = sample(model, prompts, cfg, seed)
-    ends = torch.tensor(model.generation_config.eos_token_id)
+    what = f"{purpose}: {len(texts)} problems x {len(problems) // len(texts)}"
+    responses = sample(model, prompts, ends, cfg, seed, what)
     trajectories = []
     for p, prompt, response in zip(problems, prompts, responses, strict=True):
-        stops = torch.isin(response, ends).nonzero()[:, 0].tolist()
-        ended = bool(stops)
-        if ended:
-            response = response[: stops[0] + 1]
+        ended = response[-1].item() in ends
         # Special tokens are kept in the text: a model may mark its thought by them.
         text = tokenizer.decode(response[:-1] if ended else response)
+        whole = thoughts[p["problem"]] + text
         trajectories.append(
             {
                 **p,
                 "prompt": prompt,
-                "response": response.clone(),  # else the checkpoint keeps what comes after the EOS
+                "response": response,
                 "text": text,
                 "ended": ended,
-                "reward": float(ended and is_correct(thoughts[p["problem"]] + text, p["answer"])),
+                "found": extract_answer(whole),
+                "reward": float(ended and is_correct(whole, p["answer"])),
                 "step": step,
             }
         )
@@ -1185,7 +1229,7 @@ class Config:
     offload: bool = setting(False, "keep optimizer, master weights and reference in host memory")
     device: Literal["cpu", "cuda", "mps"] = setting("cpu", "where it all happens; mps is untested")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of weights that sample and learn")
-    sampler: Literal["generate", "continuous"] = setting("generate", "plain, or made for a GPU")
+    rows: int = setting(256, "most responses sampled side by side")
     distill_steps: int = setting(1600, "warm-start steps of the tiny model")
     eval_every: int = setting(10, "iterations between evaluations and printed samples")
     eval_problems: int = setting(1024, "most held-out problems")
@@ -1220,6 +1264,24 @@ class Config:
 
 PRESETS = {
     "toy": {},
+    "small": {  # for a model of some hundred million parameters, on a laptop
+        "prompt": "{problem} Let's think step by step and output the final answer within "
+        "\\boxed{}.",
+        "steps": 50,
+        "prompts": 8,
+        "updates": 2,
+        "buffer": 5,
+        "beta": 0.1,
+        "lr": 1e-5,
+        "warmup": 0,
+        "half_life": 0,
+        "reward": "centered",
+        "max_new_tokens": 256,
+        "micro_batch_tokens": 2048,
+        "rows": 64,
+        "eval_problems": 200,
+        "device": "cuda" if ON_GPU else "cpu",
+    },
     "r1-distill-1.5b": {  # the paper's first experiment, as far as it tells
         "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
         "data": "hf://datasets/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json",
@@ -1241,7 +1303,6 @@ PRESETS = {
         "save_every": 1,
         "device": "cuda" if ON_GPU else "cpu",
         "dtype": "bfloat16" if ON_GPU else "float32",
-        "sampler": "continuous" if ON_GPU else "generate",
     },
 }
 
@@ -1265,12 +1326,14 @@ def parse_args(argv):
     given = parser.parse_args(argv)
     if given.resume and given.preset:
         refuse("--preset: a resumed run has its settings; change single ones")
+    if given.preset == "small" and not given.model:
+        refuse("--preset small: give a --model and --data")
     if given.resume:
         defaults = saved_settings(given.resume)
     elif given.preset:
         defaults = PRESETS[given.preset]
     else:
-        defaults = PRESETS["r1-distill-1.5b" if given.data or given.eval_data else "toy"]
+        defaults = PRESETS["small" if given.data or given.eval_data else "toy"]
     parser.set_defaults(**defaults)
     settings = vars(parser.parse_args(argv))
     del settings["preset"]
@@ -1359,7 +1422,7 @@ def gradient(model, masters, batch, cfg):
     n_tokens = sum(len(t["response"]) for t in batch)
     stats = dict.fromkeys(("loss", "residual", "v_gap", "kl", "entropy"), 0.0)
     model.train()  # for gradient checkpointing; dropout is off
-    for group in progress(micro_batches(batch, cfg.micro_batch_tokens), "learning"):
+    for group in with_bar(micro_batches(batch, cfg.micro_batch_tokens), "learning"):
         q, v, mask = score(model, group)  # [B, T] each
         q_ref = pad([t["q_ref"] for t in group], q.device)  # [B, T]
         v_ref = pad([t["v_ref"] for t in group], q.device)  # [B, T]
@@ -1509,23 +1572,41 @@ class Run:
 
 
 def evaluate(model, tokenizer, problems, cfg, step, out):
-    """Answers each problem n = cfg.eval_samples times, as it does in training, and writes all
-    answers to eval-STEP.jsonl. -> figures: accuracy is avg@n, stderr its standard error over
-    problems."""
+    """Answers each problem cfg.eval_samples times, as it does in training, and writes all answers
+    to eval-STEP.jsonl. -> (figures, answers): accuracy is avg@eval_samples, stderr its standard
+    error over n problems, as half the width of Wilson's interval: so it is not 0 at 0 of n."""
     asked = [p for p in problems for _ in range(cfg.eval_samples)]
-    answers = rollout(model, tokenizer, asked, cfg, step, "evaluation")
-    rows = []
-    for t in answers:
-        row = {key: t[key] for key in ("problem", "answer", "text", "ended", "reward")}
-        rows.append(row | {"found": extract_answer(t["text"]), "length": len(t["response"])})
-    write_rows(out / f"eval-{step:05}.jsonl", rows)
-    shares = np.array([t["reward"] for t in answers]).reshape(len(problems), -1).mean(1)
-    return {
+    answers = []
+    for t in rollout(model, tokenizer, asked, cfg, step, "evaluation"):
+        row = {key: t[key] for key in ("problem", "answer", "text", "ended", "found", "reward")}
+        answers.append(row | {"length": len(t["response"])})
+    write_rows(out / f"eval-{step:05}.jsonl", answers)
+    n = len(problems)
+    shares = np.array([row["reward"] for row in answers]).reshape(n, -1).mean(1)
+    figures = {
         "accuracy": float(shares.mean()),
-        "stderr": float(shares.std() / math.sqrt(len(problems))),
-        "eval_length": fmean(row["length"] for row in rows),
-        "eval_truncated": fmean(not row["ended"] for row in rows),
+        "stderr": math.sqrt(n * shares.var() + 1 / 4) / (n + 1),
+        "eval_length": fmean(row["length"] for row in answers),
+        "eval_truncated": fmean(not row["ended"] for row in answers),
     }
+    return figures, answers
+
+
+def print_samples(answers):
+    """Prints a right and a wrong answer, and the two commonest reasons why nothing is learnt."""
+    for word, reward in (("right", 1), ("wrong", 0)):
+        for row in answers:
+            if row["reward"] == reward:
+                text = row["text"][-300:] + ("" if row["ended"] else "[cut]")
+                why = f"(found {row['found']!r:.50}, wanted {row['answer']!r:.50})"
+                print(f"  {word}: {row['problem']!r:.300} -> {text!r} {why}")
+                break
+    if not any(row["reward"] for row in answers):
+        print("warning: no right answer; take easier problems, or another --prompt")
+    cut = fmean(not row["ended"] for row in answers)
+    if cut > 0.5:
+        print(f"warning: {cut:.0%} of the responses were cut, for nothing; raise --max-new-tokens")
+    sys.stdout.flush()
 
 
 # The age is that of the replayed responses, in iterations; seconds are without the evaluation.
@@ -1541,23 +1622,6 @@ def record(row, history, out):
         value = row.get(key, "-")
         cells.append(f"{value:.3f}" if isinstance(value, float) else str(value))
     print(" ".join(cell.rjust(8) for cell in cells), flush=True)
-
-
-def print_samples(trajectories, history):
-    """One right and one wrong response, as text, and the two commonest reasons why nothing is
-    learnt."""
-    for word, reward in (("right", 1), ("wrong", 0)):
-        for t in trajectories:
-            if t["reward"] == reward:
-                text = t["text"] if t["ended"] else t["text"] + "[cut]"
-                print(f"  {word}: {t['problem']!r:.300} -> {text!r:.300}")
-                break
-    lately = history[1:][-5:]
-    if not any(row["reward"] for row in lately):
-        print("warning: no right answer of late; take easier problems, or more --rollouts")
-    cut = fmean(row["truncated"] for row in lately)
-    if cut > 0.5:
-        print(f"warning: {cut:.0%} of the responses were cut, for nothing; raise --max-new-tokens")
 
 
 def save_model(model, tokenizer, out):
@@ -1627,18 +1691,20 @@ def train(cfg):
     if cfg.resume is None or cfg.out != cfg.resume:
         open_run(cfg)
     out = Path(cfg.out)
-    print_settings(cfg)
+    if cfg.steps > 0:
+        print_settings(cfg)
     print(
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} problems, "
-        f"{len(held_out)} held out, results in {out}",
-        flush=True,
+        f"{len(held_out)} held out, results in {out}"
     )
+    tell_sampling(model, tokenizer, problems + held_out, cfg)
     if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
         print(f"distilled: {cfg.distill_steps} steps, {time.time() - start:.0f} s", flush=True)
     if cfg.steps == 0 and not cfg.resume:  # nothing is to be learnt
         write_config(out, cfg)
-        figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
+        figures, answers = evaluate(model, tokenizer, held_out, cfg, 0, out)
+        print_samples(answers)
         if not cfg.model:
             save_model(model, tokenizer, out)
         return figures | {"seconds": time.time() - start, "out": str(out)}
@@ -1648,9 +1714,12 @@ def train(cfg):
         run.load(Path(cfg.resume), cfg.steps)
     write_config(out, cfg)
     print(" ".join(key.rjust(8) for key in COLUMNS), flush=True)
-    if not cfg.resume:
-        figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
+    if cfg.resume:
+        write_rows(out / "metrics.jsonl", run.history)
+    else:
+        figures, answers = evaluate(model, tokenizer, held_out, cfg, 0, out)
         record({"step": 0, "rollouts": 0} | figures, run.history, out)
+        print_samples(answers)
     if cfg.out != cfg.resume:  # in a new folder a full disk is found now
         run.save(out)
 
@@ -1685,20 +1754,22 @@ def train(cfg):
         }
         if cfg.device == "cuda":
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        look = step % cfg.eval_every == 0 or step == cfg.steps
-        if look:
-            row |= evaluate(model, tokenizer, held_out, cfg, step, out)
+        answers = None
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            figures, answers = evaluate(model, tokenizer, held_out, cfg, step, out)
+            row |= figures
         record(row, run.history, out)
-        if look:
-            print_samples(fresh, run.history)
+        if answers:
+            print_samples(answers)
 
         # 5. Keep. After a kill the run goes on from here as if nothing had happened.
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(out)
 
+    if "accuracy" not in run.history[-1]:  # a resumed run that was complete, but for this
+        figures, _ = evaluate(model, tokenizer, held_out, cfg, cfg.steps, out)
+        record(run.history.pop() | figures, run.history, out)
     last = run.history[-1]
-    if "accuracy" not in last:  # a resumed run that was complete, but for this
-        last |= evaluate(model, tokenizer, held_out, cfg, cfg.steps, out)
     save_model(model, tokenizer, out)
     return {
         "accuracy_before": run.history[0]["accuracy"],
