@@ -30,7 +30,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import time
 import unicodedata
 import zlib
@@ -898,6 +897,13 @@ def from_disk_or_hub(cfg):
     return model.to(cfg.device), tokenizer
 
 
+def end_tokens(model, tokenizer):
+    """The ids that end a response, as a set: the tokenizer's EOS, and those the model names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return {*named, tokenizer.eos_token_id} - {None}
+
+
 @torch.no_grad()
 def check_model(model, tokenizer):
     """ValueError if a model or its tokenizer does not suit this file."""
@@ -1060,13 +1066,6 @@ def distill(model, tokenizer, cfg):
         optimizer.step()
 
 
-def end_tokens(model, tokenizer):
-    """The ids that end a response, as a set: the tokenizer's EOS, and those the model names."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return {*named, tokenizer.eos_token_id} - {None}
-
-
 @torch.no_grad()
 def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
     """One response of the policy softmax(Q(s, .)) to each of B prompts, which grow side by side.
@@ -1081,50 +1080,26 @@ def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
     cache = transformers.DynamicCache(config=model.config)
     responses = [[] for _ in prompts]
-    growing = responses  # those that have not ended, in the order of the batch
+    active = responses  # those that have not ended, in the order of the batch
     for _ in range(max_new_tokens):
         texts = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         logits = model(**texts, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # [B, A]
         pi = logits.float().softmax(1)  # [B, A]
         tokens = torch.multinomial(pi, 1, generator=generator)  # [B, 1]
-        for response, token in zip(growing, tokens[:, 0].tolist(), strict=True):
+        for response, token in zip(active, tokens[:, 0].tolist(), strict=True):
             response.append(token)
-        going = [row for row, response in enumerate(growing) if response[-1] not in ends]
-        bar.update(len(growing) - len(going))
-        if not going:
+        keep = [row for row, response in enumerate(active) if response[-1] not in ends]
+        bar.update(len(active) - len(keep))
+        if not keep:
             break
-        if len(going) < len(growing):
-            growing = [growing[row] for row in going]
-            rows = torch.tensor(going, device=model.device)  # [B], fewer from here on
+        if len(keep) < len(active):
+            active = [active[row] for row in keep]
+            rows = torch.tensor(keep, device=model.device)  # [B], fewer from here on
             tokens, mask, positions = tokens[rows], mask[rows], positions[rows]
             cache.reorder_cache(rows)
         mask = F.pad(mask, (0, 1), value=1)  # [B, L + 1]
         positions = positions[:, -1:] + 1  # [B, 1]
     return [torch.tensor(response) for response in responses]
-
-
-@torch.no_grad()
-def tell_sampling(model, tokenizer, problems, cfg):
-    """Says how much memory sampling may take. UserError if the model cannot read that far."""
-    prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
-    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
-    if longest > limit:
-        raise UserError(
-            f"a prompt and its response may have {longest} tokens, but the model reads {limit} at "
-            "most; lower --max-new-tokens, or take out the longest problems"
-        )
-    cache = transformers.DynamicCache(config=model.config)
-    model(input_ids=prompts[0][None, :1].to(model.device), past_key_values=cache)
-    growth = 0  # bytes that a token adds to the cache
-    for layer in cache.layers:
-        if hasattr(layer, "keys"):  # else the layer is a recurrent one
-            growth += layer.keys.nbytes + layer.values.nbytes
-    print(
-        f"sampling up to {cfg.rows} responses side by side (--rows), of up to {longest} tokens "
-        f"with the prompt: {cfg.rows * longest * growth / 1e9:.2g} GB of cache at most",
-        flush=True,
-    )
 
 
 def sample(model, prompts, ends, cfg, seed, what="sampling"):
@@ -1176,6 +1151,30 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
             }
         )
     return trajectories
+
+
+@torch.no_grad()
+def tell_sampling(model, tokenizer, problems, cfg):
+    """Says how much memory sampling may take. UserError if the model cannot read that far."""
+    prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
+    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    if longest > limit:
+        raise UserError(
+            f"a prompt and its response may have {longest} tokens, but the model reads {limit} at "
+            "most; lower --max-new-tokens, or take out the longest problems"
+        )
+    cache = transformers.DynamicCache(config=model.config)
+    model(input_ids=prompts[0][None, :1].to(model.device), past_key_values=cache)
+    growth = 0  # bytes that a token adds to the cache
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):  # else the layer is a recurrent one
+            growth += layer.keys.nbytes + layer.values.nbytes
+    print(
+        f"sampling up to {cfg.rows} responses side by side (--rows), of up to {longest} tokens "
+        f"with the prompt: {cfg.rows * longest * growth / 1e9:.2g} GB of cache at most",
+        flush=True,
+    )
 
 
 # ==================================================================================================
@@ -1301,6 +1300,7 @@ PRESETS = {
         "eval_problems": 100,
         "eval_samples": 16,
         "save_every": 1,
+        "rows": 128,
         "device": "cuda" if ON_GPU else "cpu",
         "dtype": "bfloat16" if ON_GPU else "float32",
     },
@@ -1348,16 +1348,6 @@ def saved_settings(folder):
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--resume {folder}: no run of this program ({error})") from error
     return settings | {"out": str(folder)}
-
-
-def print_settings(cfg):
-    """All settings on a few lines; a star marks those that differ from the defaults."""
-    words = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        star = "" if value == field.default else "*"
-        words.append(f"{star}{field.name}={value!r}")
-    print(textwrap.fill("  ".join(words), 100, break_long_words=False, break_on_hyphens=False))
 
 
 # ---- 9. One update -------------------------------------------------------------------------------
@@ -1688,16 +1678,14 @@ def train(cfg):
     model, tokenizer = load_model(cfg)
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
+    tell_sampling(model, tokenizer, problems + held_out, cfg)
     if cfg.resume is None or cfg.out != cfg.resume:
         open_run(cfg)
     out = Path(cfg.out)
-    if cfg.steps > 0:
-        print_settings(cfg)
     print(
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} problems, "
-        f"{len(held_out)} held out, results in {out}"
+        f"{len(held_out)} held out, settings and results in {out}"
     )
-    tell_sampling(model, tokenizer, problems + held_out, cfg)
     if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
         print(f"distilled: {cfg.distill_steps} steps, {time.time() - start:.0f} s", flush=True)

@@ -871,11 +871,10 @@ def test_held_out_part(tmp_path):
 
 def test_settings_are_flags(capsys):
     """The fields of Config are the flags, all in --help with the presets, which are values in the
-    place of the defaults, by name or by --data. print_settings puts a star to what differs."""
+    place of the defaults, by name or by --data."""
     with pytest.raises(SystemExit):
         rm.main(["--help"])
     shown = "".join(capsys.readouterr().out.split())
-    names = [field.name for field in dataclasses.fields(rm.Config)]
     for field in dataclasses.fields(rm.Config):
         assert "--" + field.name.replace("_", "-") in shown
         assert "".join(field.metadata["help"].split()) in shown
@@ -894,13 +893,6 @@ def test_settings_are_flags(capsys):
     ):
         cfg = rm.parse_args(argv.split())
         assert cfg == rm.Config(**settings)
-    rm.print_settings(cfg)
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.split("\n"))) <= 100
-    words = shown.split()
-    starred = [word for word in words if word[0] == "*"]
-    assert starred == ["*algo='grpo'", "*raw_prompt=True", "*lr=0.001"]
-    assert [word.lstrip("*").partition("=")[0] for word in words] == names
 
 
 def test_impossible_settings(monkeypatch, capsys):
@@ -971,7 +963,7 @@ def test_refusals(tmp_path, monkeypatch, capsys):
             Path(name).write_bytes(content)
         error = refusal(["--model", "m", "--data", name], capsys)
         assert all(word in error for word in [name, *words.split("; ")]), error
-    monkeypatch.setattr(rm, "load_problems", lambda cfg: ([], []))
+    monkeypatch.setattr(rm, "load_problems", lambda cfg: ([], [{"problem": "1+1"}]))
     for argv, words in (
         ("--model folder", "--model folder: that folder: no causal LM"),
         ("--model none", "--model none: no such folder"),
@@ -1392,7 +1384,6 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     found = rm.train(rm.Config(eval_data=json_lines(tmp_path / "p.jsonl", rows), **changes))
     assert asked == [(0, "evaluation")]
     assert found["accuracy"] == pytest.approx(7 / 16)
-    # Wilson's interval: those p that lie within one standard error of theirs from what was found.
     variance = sum((x - 7 / 16) ** 2 for x in (1 / 4, 2 / 4, 0, 1)) / 4
     assert found["stderr"] == pytest.approx(math.sqrt(4 * variance + 1 / 4) / 5)
     assert found["eval_truncated"] == 1 / 4
@@ -1407,27 +1398,17 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     assert "  right: 'a' -> '\\\\boxed{5}' (found '5', wanted '5')\n  wrong: 'a' -> " in printed
 
 
-def test_standard_error(monkeypatch, tmp_path):
-    """For one sample a problem it is half of Wilson's interval: its ends p lie one standard error,
-    of theirs, from what was found. So it is not 0 where nothing is right."""
-    for right in (0, 3, 10):
-        rows = [{"reward": float(i < right), "response": [0]} for i in range(10)]
-        for row in rows:
-            row |= dict.fromkeys(("problem", "answer", "text", "ended", "found"), "")
-        monkeypatch.setattr(rm, "rollout", lambda *_, rows=rows: rows)
-        figures, _ = rm.evaluate(None, None, rows, rm.Config(), 0, tmp_path)
-        share, below, above = right / 10, 0.0, 1.0
-        ends = []
-        for outer in (below, above):
-            inner = share
-            for _ in range(60):
-                middle = (inner + outer) / 2
-                if abs(middle - share) > math.sqrt(middle * (1 - middle) / 10):
-                    outer = middle
-                else:
-                    inner = middle
-            ends.append(inner)
-        assert figures["stderr"] == pytest.approx((ends[1] - ends[0]) / 2)
+@pytest.mark.parametrize("right", [0, 3, 10])
+def test_standard_error(right, monkeypatch, tmp_path):
+    """Half of Wilson's interval, whose ends p lie one standard error, of theirs, from what was
+    found. So it is not 0 where nothing is right."""
+    row = dict.fromkeys(("problem", "answer", "text", "ended", "found"), "") | {"response": [0]}
+    rows = [row | {"reward": float(i < right)} for i in range(10)]
+    monkeypatch.setattr(rm, "rollout", lambda *_: rows)
+    figures, _ = rm.evaluate(None, None, rows, rm.Config(), 0, tmp_path)
+    middle = (right / 10 + 1 / 20) / (1 + 1 / 10)
+    for end in (middle - figures["stderr"], middle + figures["stderr"]):
+        assert (end - right / 10) ** 2 == pytest.approx(end * (1 - end) / 10, abs=1e-12)
 
 
 def test_it_learns_to_show_its_work(quick, monkeypatch):
