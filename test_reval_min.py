@@ -1565,7 +1565,7 @@ def test_the_commands_of_the_documents(monkeypatch):
         found = 0
         for line in text.replace("\\\n", " ").splitlines():
             for tail in line.split("python reval_min.py")[1:]:
-                words = shlex.split(re.split(r"   |`|#|&&|\||;", tail)[0])
+                words = shlex.split(re.split(r"   |`| # |&&| \| |;", tail)[0])
                 found += 1
                 if "--help" not in words:
                     rm.parse_args(words)
