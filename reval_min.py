@@ -1276,7 +1276,7 @@ PRESETS = {
         "half_life": 0,
         "reward": "centered",
         "max_new_tokens": 256,
-        "micro_batch_tokens": 2048,
+        "micro_batch_tokens": 1024,
         "rows": 64,
         "eval_problems": 200,
         "device": "cuda" if ON_GPU else "cpu",

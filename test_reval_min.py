@@ -1897,13 +1897,9 @@ def study(args):
         first = first or runs
         for run, other in zip(runs, first, strict=True):  # they share their start
             run["less the first's"] = run["mean reward"] - other["mean reward"]
-        names = [Path(cfg.out).name.replace(",", " ") for cfg in group]
-        rows = {names[0].rpartition(" ")[0]: runs}
-        if args.each:
-            rows |= {name: [run] for name, run in zip(names, runs, strict=True)}
-        for name, part in rows.items():
-            columns = {key: [run[key] for run in part] for key in part[0]}
-            table.append({"variant": name} | columns)
+        name = Path(group[0].out).name.replace(",", " ").rpartition(" ")[0]
+        columns = {key: [run[key] for run in runs] for key in runs[0]}
+        table.append({"variant": name} | columns)
         lines.append([round(fmean(x), 3) for x in zip(*rewards, strict=True)])
     print_table(table)
     if args.chart:  # a picture that GitHub draws; it has no legend
@@ -1926,19 +1922,16 @@ def success(model, tokenizer, problems, n, seed, step):
 
 def solve(start, variant, problem, seed):
     """Trains on one problem until 0.95 of 64 fresh answers are right.
-    -> (rounds, or None if it is not solved; accuracy on 256 other problems)"""
+    -> rounds, or None if it is not solved"""
     cfg = config_of(f"{variant} prompts=1 warmup=2 half-life=0", start, seed)
     model, tokenizer = rm.load_model(cfg)
     run = rm.Run(cfg, model, [])
-    rounds = None
     for step in range(1, ROUNDS + 1):
         fresh = rm.collect(run, tokenizer, [problem] * cfg.rollouts, cfg, step)
         rm.learn(run, fresh, cfg, step)
         if success(model, tokenizer, [problem], 64, seed, step)[0] >= 0.95:
-            rounds = step
-            break
-    others = rm.load_problems(rm.Config(eval_problems=256))[1]
-    return rounds, fmean(success(model, tokenizer, others, 1, 0, 0))
+            return step
+    return None
 
 
 def one_prompt(args, out, seeds):
@@ -1950,7 +1943,7 @@ def one_prompt(args, out, seeds):
         patch.setattr(rm, "WRITTEN_SHARE", 0.4)
         run_cell(rm.Config(steps=0, out=start))
     model, tokenizer = rm.load_model(rm.Config(model=f"{start}/model"))
-    problems, others = rm.load_problems(rm.Config(eval_problems=256))
+    problems, _ = rm.load_problems(rm.Config())
     found = success(model, tokenizer, problems[:300], 128, 0, 0)
     chosen = []
     for name, level in DIFFICULTIES.items():
@@ -1958,7 +1951,7 @@ def one_prompt(args, out, seeds):
         chosen += [problems[i] for _, i in nearest]
         base = success(model, tokenizer, chosen[-3:], 256, 0, 0)
         print(f"base success, {name}: {', '.join(f'{share:.2f}' for share in base)}")
-    print(f"accuracy on 256 others: {fmean(success(model, tokenizer, others, 1, 0, 0)):.3f}\n")
+    print()
     methods = args.only or [GRPO_1, GRPO, *(f"algo=reval updates={k}" for k in (1, 2, 4, 8))]
     for factor in args.lr_factors:
         table = []
@@ -1966,14 +1959,14 @@ def one_prompt(args, out, seeds):
         for method in methods:
             variant = f"{method} lr={factor * 3e-4:g}"
             calls = [(start, variant, problem, seed) for problem in chosen for seed in seeds]
-            rounds, after = zip(*in_processes(solve, calls, args.jobs), strict=True)
+            rounds = in_processes(solve, calls, args.jobs)
             counted = [n or ROUNDS for n in rounds]
             third = len(calls) // 3
             groups = [counted[:third], counted[third:-third], counted[-third:]]
             means.append([fmean(group) for group in groups])
             row = {"variant": variant, "not solved": f"{rounds.count(None)} of {len(calls)}"}
             row |= {f"rounds, {name}": x for name, x in zip(DIFFICULTIES, groups, strict=True)}
-            table.append(row | {"others after": list(after)})
+            table.append(row)
         for row, own in zip(table, means, strict=True):
             for method, base in zip(methods[:2], means[:2], strict=True):
                 ratios = [f"{a / b:.1f}" for a, b in zip(base, own, strict=True)]
@@ -2190,10 +2183,10 @@ def test_studies_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rm, "evaluate", lambda *_: (figures, [{"reward": 0.5, "ended": True}]))
     variant = "algo=reval updates=1 steps=1 prompts=2 rollouts=2"
     monkeypatch.setitem(STUDIES, "beta", [variant, f"{variant} no-reward"])
-    argv = ["study", "beta", "--seeds=2", "--each", "--chart", f"--out={tmp_path}"]
+    argv = ["study", "beta", "--seeds=2", "--chart", f"--out={tmp_path}"]
     main(argv)
     printed = capsys.readouterr().out
-    assert printed.count("| algo=reval") == 6
+    assert printed.count("| algo=reval") == 2
     monkeypatch.setattr(rm, "train", None)
     main(argv)
     assert capsys.readouterr().out == printed
@@ -2203,9 +2196,9 @@ def test_one_prompt_cell(start, monkeypatch):
     """It ends when the problem is solved or the rounds are over."""
     monkeypatch.setattr(sys.modules[__name__], "ROUNDS", 2)
     problem = {"problem": "12+34+56=?", "answer": "102"}
-    assert solve(start, "algo=reval updates=2", problem, 0)[0] is None
+    assert solve(start, "algo=reval updates=2", problem, 0) is None
     monkeypatch.setattr(rm, "is_correct", lambda text, gold: text.endswith("}"))
-    assert solve(start, "algo=grpo updates=1", problem, 0)[0] == 1
+    assert solve(start, "algo=grpo updates=1", problem, 0) == 1
 
 
 def main(argv):
@@ -2217,7 +2210,6 @@ def main(argv):
     add("--first-seed", type=int, default=0, help="(default 0)")
     add("--only", nargs="+", metavar="VARIANT", help="these variants alone, each in quotes")
     add("--lr-factors", nargs="+", type=float, default=[1.0], help="of the learning rates")
-    add("--each", action="store_true", help="a row for every seed as well")
     add("--chart", action="store_true", help="the rewards, as a mermaid picture")
     add("--jobs", type=int, default=1, help="processes side by side (default 1)")
     add("--kills", type=int, default=50, help="how many faults (default 50)")
