@@ -1261,11 +1261,11 @@ class Config:
             raise UserError("--prompt: write {problem} where the problem goes")
 
 
+STEP_BY_STEP = "{problem} Let's think step by step and output the final answer within \\boxed{}."
 PRESETS = {
     "toy": {},
     "small": {  # for a model of some hundred million parameters, on a laptop
-        "prompt": "{problem} Let's think step by step and output the final answer within "
-        "\\boxed{}.",
+        "prompt": STEP_BY_STEP,
         "steps": 50,
         "prompts": 8,
         "updates": 2,
@@ -1279,13 +1279,13 @@ PRESETS = {
         "micro_batch_tokens": 1024,
         "rows": 64,
         "eval_problems": 200,
+        "save_every": 5,
         "device": "cuda" if ON_GPU else "cpu",
     },
     "r1-distill-1.5b": {  # the paper's first experiment, as far as it tells
         "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
         "data": "hf://datasets/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json",
-        "prompt": "{problem} Let's think step by step and output the final answer within "
-        "\\boxed{}.",
+        "prompt": STEP_BY_STEP,
         "steps": 650,
         "prompts": 128,
         "updates": 2,
