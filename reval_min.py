@@ -441,7 +441,10 @@ def read_problems(path):
 def load_problems(cfg):
     """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}. Held out
     are those of --eval-data, else a tenth of --data; at most eval_problems, never trained on."""
-    held_out = read_problems(cfg.eval_data)[: cfg.eval_problems] if cfg.eval_data else []
+    held_out = read_problems(cfg.eval_data) if cfg.eval_data else []
+    if len(held_out) > cfg.eval_problems:
+        print(f"{cfg.eval_data}: {cfg.eval_problems} of {len(held_out)} (--eval-problems)")
+        held_out = held_out[: cfg.eval_problems]
     if cfg.eval_data and cfg.steps == 0 and not cfg.resume:
         return [], held_out
     generator = rng(cfg.seed, 0, "problems")
@@ -844,7 +847,8 @@ def is_correct(response, gold):
 
 
 # ---- 7. The model, its scores and its rollouts ---------------------------------------------------
-# Any causal LM of transformers will do, if logits = hidden @ head.T; a tiny one is made here.
+# Any causal LM of transformers will do, if logits = hidden @ head.T, and if a cache of keys and
+# values changes nothing; a tiny one is made here.
 
 
 def make_model(seed):
@@ -907,7 +911,7 @@ def end_tokens(model, tokenizer):
 @torch.no_grad()
 def check_model(model, tokenizer):
     """ValueError if a model or its tokenizer does not suit this file."""
-    # q_from_logits needs logits = hidden @ head.T, and sample that a cache changes nothing.
+    # The last logits, by way of a cache, must be those that q_from_logits would compute.
     head = model.get_output_embeddings().weight  # [A, D]
     tokens = torch.arange(8, device=model.device)[None]  # [1, 8]
     hidden = model.base_model(input_ids=tokens).last_hidden_state[:, -1]  # [1, D]
@@ -1070,8 +1074,9 @@ def distill(model, tokenizer, cfg):
 def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
     """One response of the policy softmax(Q(s, .)) to each of B prompts, which grow side by side.
 
-    The model's cache keeps what later tokens need of earlier ones, so that only the newest is read.
-    A response that has ended leaves the batch, and its place in the cache: no one waits for it.
+    The model's cache keeps what later tokens need of earlier ones, their keys and values, so that
+    only the newest token is read. A response that has ended leaves the batch and the cache, and
+    costs nothing while the longest goes on. Shapes: L tokens in the longest text so far.
     """
     # Texts must end in the same column: so the padding is on the left. It is masked, and positions
     # do not count it.
@@ -1080,7 +1085,7 @@ def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
     cache = transformers.DynamicCache(config=model.config)
     responses = [[] for _ in prompts]
-    active = responses  # those that have not ended, in the order of the batch
+    active = responses  # of these, the ones that have not ended, in the order of the batch
     for _ in range(max_new_tokens):
         texts = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         logits = model(**texts, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # [B, A]
@@ -1099,6 +1104,7 @@ def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
             cache.reorder_cache(rows)
         mask = F.pad(mask, (0, 1), value=1)  # [B, L + 1]
         positions = positions[:, -1:] + 1  # [B, 1]
+    bar.update(len(keep))  # these were cut
     return [torch.tensor(response) for response in responses]
 
 
@@ -1154,11 +1160,11 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
 
 
 @torch.no_grad()
-def tell_sampling(model, tokenizer, problems, cfg):
-    """Says how much memory sampling may take. UserError if the model cannot read that far."""
+def check_lengths(model, tokenizer, problems, cfg):
+    """UserError if the model cannot read the longest text; else tells what its cache may take."""
     prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
     longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest > limit:
         raise UserError(
             f"a prompt and its response may have {longest} tokens, but the model reads {limit} at "
@@ -1168,11 +1174,11 @@ def tell_sampling(model, tokenizer, problems, cfg):
     model(input_ids=prompts[0][None, :1].to(model.device), past_key_values=cache)
     growth = 0  # bytes that a token adds to the cache
     for layer in cache.layers:
-        if hasattr(layer, "keys"):  # else the layer is a recurrent one
+        if getattr(layer, "keys", None) is not None:  # else its state does not grow
             growth += layer.keys.nbytes + layer.values.nbytes
     print(
         f"sampling up to {cfg.rows} responses side by side (--rows), of up to {longest} tokens "
-        f"with the prompt: {cfg.rows * longest * growth / 1e9:.2g} GB of cache at most",
+        f"with the prompt: {cfg.rows * longest * growth / 1e9:.2g} GB of keys and values at most",
         flush=True,
     )
 
@@ -1253,8 +1259,10 @@ class Config:
         found = {"cpu": True, "cuda": ON_GPU, "mps": torch.backends.mps.is_available()}
         if not found[self.device]:
             raise UserError(f"--device {self.device}: PyTorch sees no such GPU; take cpu")
-        if self.rollouts == 1 and self.reward == "centered":
-            raise UserError("--reward centered: one response is its own mean; take more --rollouts")
+        if self.rollouts == 1 and self.reward == "centered" and self.algo != "grpo":
+            raise UserError("--rollouts 1: a response is its own mean; take more, or --reward raw")
+        if self.eval_data and not self.data and self.steps > 0:
+            raise UserError("--eval-data: give --data to train on as well, or --steps 0")
         if (self.data or self.eval_data) and not self.model:
             raise UserError("--data needs --model: the tiny model reads nothing but sums")
         if "{problem}" not in self.prompt:
@@ -1317,7 +1325,9 @@ def parse_args(argv):
         epilog=f"Presets: {PRESETS}",
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=list(PRESETS), help="to begin with; none: by --data")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), help="none: small with --data or --eval-data, else toy"
+    )
 
     def refuse(message):
         raise UserError(f"{message}; see --help")
@@ -1346,7 +1356,9 @@ def saved_settings(folder):
         saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         settings = {field.name: saved[field.name] for field in dataclasses.fields(Config)}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--resume {folder}: no run of this program ({error})") from error
+        raise UserError(
+            f"--resume {folder}: no run of this version of the program ({error})"
+        ) from error
     return settings | {"out": str(folder)}
 
 
@@ -1561,27 +1573,6 @@ class Run:
             raise UserError(f"--resume {out}: {reason}") from error
 
 
-def evaluate(model, tokenizer, problems, cfg, step, out):
-    """Answers each problem cfg.eval_samples times, as it does in training, and writes all answers
-    to eval-STEP.jsonl. -> (figures, answers): accuracy is avg@eval_samples, stderr its standard
-    error over n problems, as half the width of Wilson's interval: so it is not 0 at 0 of n."""
-    asked = [p for p in problems for _ in range(cfg.eval_samples)]
-    answers = []
-    for t in rollout(model, tokenizer, asked, cfg, step, "evaluation"):
-        row = {key: t[key] for key in ("problem", "answer", "text", "ended", "found", "reward")}
-        answers.append(row | {"length": len(t["response"])})
-    write_rows(out / f"eval-{step:05}.jsonl", answers)
-    n = len(problems)
-    shares = np.array([row["reward"] for row in answers]).reshape(n, -1).mean(1)
-    figures = {
-        "accuracy": float(shares.mean()),
-        "stderr": math.sqrt(n * shares.var() + 1 / 4) / (n + 1),
-        "eval_length": fmean(row["length"] for row in answers),
-        "eval_truncated": fmean(not row["ended"] for row in answers),
-    }
-    return figures, answers
-
-
 def print_samples(answers):
     """Prints a right and a wrong answer, and the two commonest reasons why nothing is learnt."""
     for word, reward in (("right", 1), ("wrong", 0)):
@@ -1597,6 +1588,27 @@ def print_samples(answers):
     if cut > 0.5:
         print(f"warning: {cut:.0%} of the responses were cut, for nothing; raise --max-new-tokens")
     sys.stdout.flush()
+
+
+def evaluate(model, tokenizer, problems, cfg, step, out):
+    """Answers each problem cfg.eval_samples times, as it does in training, writes all answers to
+    eval-STEP.jsonl and prints two. -> figures: accuracy, the mean; stderr, its standard error over
+    n problems, as half the width of Wilson's interval: so it is not 0 at 0 of n."""
+    asked = [p for p in problems for _ in range(cfg.eval_samples)]
+    answers = []
+    for t in rollout(model, tokenizer, asked, cfg, step, "evaluation"):
+        row = {key: t[key] for key in ("problem", "answer", "text", "ended", "found", "reward")}
+        answers.append(row | {"length": len(t["response"])})
+    write_rows(out / f"eval-{step:05}.jsonl", answers)
+    print_samples(answers)
+    n = len(problems)
+    shares = np.array([row["reward"] for row in answers]).reshape(n, -1).mean(1)
+    return {
+        "accuracy": float(shares.mean()),
+        "stderr": math.sqrt(n * shares.var() + 1 / 4) / (n + 1),
+        "eval_length": fmean(row["length"] for row in answers),
+        "eval_truncated": fmean(not row["ended"] for row in answers),
+    }
 
 
 # The age is that of the replayed responses, in iterations; seconds are without the evaluation.
@@ -1678,36 +1690,36 @@ def train(cfg):
     model, tokenizer = load_model(cfg)
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
-    tell_sampling(model, tokenizer, problems + held_out, cfg)
-    if cfg.resume is None or cfg.out != cfg.resume:
+    check_lengths(model, tokenizer, problems + held_out, cfg)
+    run = None
+    if cfg.resume:
+        run = Run(cfg, model, (problems, held_out))
+        run.load(Path(cfg.resume), cfg.steps)
+    if not cfg.resume or cfg.out != cfg.resume:
         open_run(cfg)
     out = Path(cfg.out)
     print(
         f"{model.num_parameters() / 1e6:.2f}M parameters, {len(problems)} problems, "
-        f"{len(held_out)} held out, settings and results in {out}"
+        f"{len(held_out)} held out, settings and results in {out}",
+        flush=True,
     )
     if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
         print(f"distilled: {cfg.distill_steps} steps, {time.time() - start:.0f} s", flush=True)
+    write_config(out, cfg)
     if cfg.steps == 0 and not cfg.resume:  # nothing is to be learnt
-        write_config(out, cfg)
-        figures, answers = evaluate(model, tokenizer, held_out, cfg, 0, out)
-        print_samples(answers)
+        figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
         if not cfg.model:
             save_model(model, tokenizer, out)
         return figures | {"seconds": time.time() - start, "out": str(out)}
 
-    run = Run(cfg, model, (problems, held_out))
-    if cfg.resume:
-        run.load(Path(cfg.resume), cfg.steps)
-    write_config(out, cfg)
     print(" ".join(key.rjust(8) for key in COLUMNS), flush=True)
     if cfg.resume:
         write_rows(out / "metrics.jsonl", run.history)
     else:
-        figures, answers = evaluate(model, tokenizer, held_out, cfg, 0, out)
+        run = Run(cfg, model, (problems, held_out))
+        figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
         record({"step": 0, "rollouts": 0} | figures, run.history, out)
-        print_samples(answers)
     if cfg.out != cfg.resume:  # in a new folder a full disk is found now
         run.save(out)
 
@@ -1742,21 +1754,17 @@ def train(cfg):
         }
         if cfg.device == "cuda":
             row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        answers = None
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            figures, answers = evaluate(model, tokenizer, held_out, cfg, step, out)
-            row |= figures
+            row |= evaluate(model, tokenizer, held_out, cfg, step, out)
         record(row, run.history, out)
-        if answers:
-            print_samples(answers)
 
         # 5. Keep. After a kill the run goes on from here as if nothing had happened.
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(out)
 
     if "accuracy" not in run.history[-1]:  # a resumed run that was complete, but for this
-        figures, _ = evaluate(model, tokenizer, held_out, cfg, cfg.steps, out)
-        record(run.history.pop() | figures, run.history, out)
+        row = run.history.pop() | evaluate(model, tokenizer, held_out, cfg, cfg.steps, out)
+        record(row, run.history, out)
     last = run.history[-1]
     save_model(model, tokenizer, out)
     return {
@@ -1789,8 +1797,8 @@ def main(argv):
         return 130
     except torch.OutOfMemoryError as error:
         message = (
-            "the GPU's memory is too small; lower --micro-batch-tokens or --max-new-tokens, or "
-            f"give --offload ({str(error).partition('. ')[0]})"
+            "the GPU's memory is too small; lower --rows, --micro-batch-tokens or "
+            f"--max-new-tokens, or give --offload ({str(error).partition('. ')[0]})"
         )
     except (UserError, FloatingPointError, OSError) as error:
         message = error
