@@ -413,7 +413,7 @@ def read_problems(path):
     problems = {}  # by text: what repeats might be trained on and held out
     dropped = []
     keys = set()
-    for row in rows:
+    for row in tqdm(rows, "reading", disable=None, leave=False):
         fields = {}
         if isinstance(row, dict):
             fields = {key.lower(): value for key, value in row.items()}
@@ -1164,7 +1164,7 @@ def check_lengths(model, tokenizer, problems, cfg):
     """UserError if the model cannot read the longest text; else tells what its cache may take."""
     prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
     longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest > limit:
         raise UserError(
             f"a prompt and its response may have {longest} tokens, but the model reads {limit} at "
