@@ -2026,8 +2026,7 @@ def random_model(shape):
 
 
 def bench_sampler(rows, shape=QWEN_1_5B, T=256, ends=300):
-    """Responses of mixed length: so many tokens of the vocabulary end one. -> tokens per second,
-    peak bytes"""
+    """Responses of mixed length, as so many tokens end one. -> tokens per second, peak bytes"""
     model = random_model(shape)
     cfg = rm.Config(rows=rows, max_new_tokens=T)
     prompts = [torch.randint(ends, 512, (100 + i % 100,)) for i in range(rows)]
