@@ -1283,7 +1283,6 @@ PRESETS = {
         "lr": 1e-5,
         "warmup": 0,
         "half_life": 0,
-        "reward": "centered",
         "max_new_tokens": 256,
         "micro_batch_tokens": 1024,
         "rows": 64,
