@@ -1087,7 +1087,8 @@ def sample_together(model, prompts, ends, max_new_tokens, generator, bar):
     cache = transformers.DynamicCache(config=model.config)
     responses = [[] for _ in prompts]
     active = responses  # of these, the ones that have not ended, in the order of the batch
-    for _ in range(max_new_tokens):
+    for length in range(max_new_tokens):
+        bar.set_postfix_str(f"token {length + 1} of {max_new_tokens}", refresh=False)
         texts = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         logits = model(**texts, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # [B, A]
         pi = logits.float().softmax(1)  # [B, A]

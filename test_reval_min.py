@@ -1085,13 +1085,13 @@ def test_bars(quick, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    counted = []
-    update = rm.tqdm.update
-    monkeypatch.setattr(rm.tqdm, "update", lambda bar, n: counted.append(n) or update(bar, n))
+    seen = []
+    monkeypatch.setattr(rm.tqdm, "update", lambda bar, n: seen.append((n, str(bar))))
     rm.train(quick(steps=1, eval_problems=16, micro_batch_tokens=100, max_new_tokens=7, rows=9))
-    assert sum(counted) == 16 * (3 + 1 + 3)  # two evaluations and a rollout; scoring; learning
+    assert sum(n for n, _ in seen) == 16 * (3 + 1 + 3)  # evaluation, rollout; scoring; learning
     for what in ("evaluation: 16 problems x 1", "rollout: 4 problems x 4", "scoring", "learning"):
         assert f"\r{what}:   0%|          | 0/16 " in terminal.getvalue()
+    assert any("token 3 of 7]" in text for _, text in seen)
 
 
 def test_ends_cuts_and_rewards(tmp_path, monkeypatch):
@@ -2018,7 +2018,6 @@ def bench_q(form, N, D, A=151_936):
 
 
 def random_model(shape):
-    """A Qwen2 of random weights."""
     config = transformers.Qwen2Config(**shape, tie_word_embeddings=False)
     with torch.device(DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
