@@ -312,14 +312,15 @@ def first_line(error):
     return str(error).split("\n")[0] or type(error).__name__
 
 
-def progress(what, total):
-    """A bar that says what is being done and how much is left, at once, if a person is looking."""
-    return tqdm(desc=what, total=total, disable=None, leave=False, miniters=0)
+def progress(what, items=None, total=None):
+    """A bar that says what is being done and how much is left, at once, if a person is looking. It
+    goes through items, or is updated by hand up to total."""
+    return tqdm(items, what, total, disable=None, leave=False, miniters=0)
 
 
 def with_bar(groups, what):
     """Goes through groups of responses, with a bar that counts the responses."""
-    with progress(what, sum(len(group) for group in groups)) as bar:
+    with progress(what, total=sum(len(group) for group in groups)) as bar:
         for group in groups:
             yield group
             bar.update(len(group))
@@ -413,7 +414,7 @@ def read_problems(path):
     problems = {}  # by text: what repeats might be trained on and held out
     dropped = []
     keys = set()
-    for row in tqdm(rows, "reading", disable=None, leave=False):
+    for row in progress("reading", rows):
         fields = {}
         if isinstance(row, dict):
             fields = {key.lower(): value for key, value in row.items()}
@@ -1046,7 +1047,7 @@ def distill(model, tokenizer, cfg):
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     generator = rng(cfg.seed, 0, "distillation")
-    for step in tqdm(range(cfg.distill_steps), "distilling", disable=None, leave=False):
+    for step in progress("distilling", range(cfg.distill_steps)):
         done = step / cfg.distill_steps
         problems = []
         answers = []
@@ -1115,7 +1116,7 @@ def sample(model, prompts, ends, cfg, seed, what="sampling"):
     ends, or were cut at cfg.max_new_tokens. At most cfg.rows are sampled side by side."""
     generator = torch.Generator(model.device).manual_seed(seed)
     responses = []
-    with progress(what, len(prompts)) as bar:
+    with progress(what, total=len(prompts)) as bar:
         for start in range(0, len(prompts), cfg.rows):
             chunk = prompts[start : start + cfg.rows]
             responses += sample_together(model, chunk, ends, cfg.max_new_tokens, generator, bar)
@@ -1692,7 +1693,6 @@ def train(cfg):
     if model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     check_lengths(model, tokenizer, problems + held_out, cfg)
-    run = None
     if cfg.resume:
         run = Run(cfg, model, (problems, held_out))
         run.load(Path(cfg.resume), cfg.steps)
