@@ -5,6 +5,7 @@
                                              beta, buffer, reward, reset, one-rollout
     python test_reval_min.py bench           speed and memory of the parts
     python test_reval_min.py faults          kills of running programs, and what is lost by them
+    torchrun test_reval_min.py trl           used by the test of README's trainer
 
 Each test names the claim of the tutorial that it checks. REVAL_TEST_SEED is the seed of the tests
 that learn: they hold for any.
@@ -2036,42 +2037,11 @@ def bench_sampler(rows, shape=QWEN_1_5B, T=256, ends=300):
     return sum(len(response) for response in responses) / seconds, peak
 
 
-def bench_iteration(offload, shape=QWEN_1_5B, n=64, T=1024):
-    """One iteration of ReVal, K = 2, with n responses of T tokens. -> {phase: seconds, peak GB}"""
-    model = random_model(shape)
-    rm.enable_checkpointing(model)
-    changes = {"offload": offload, "prompts": n // 8, "max_new_tokens": T}
-    cfg = rm.Config(**rm.PRESETS["r1-distill-1.5b"] | changes)
-    run = rm.Run(cfg, model, [])
-    prompt = torch.randint(9, 99, (100,))
-    batch = [{"prompt": prompt, "reward": i % 2.0, "problem": "", "step": 1} for i in range(n)]
-    rm.add_signals(batch, cfg)
-
-    def generation():
-        for t, response in zip(batch, rm.sample(model, [prompt] * n, {0}, cfg, 0), strict=True):
-            t["response"] = response
-
-    def reference():
-        rm.cache_values(run.reference.to(DEVICE), batch, cfg, "ref")
-        run.reference.to(run.place)
-
-    def updates():
-        for _ in range(2):
-            rm.gradient(model, run.masters, batch, cfg)
-            rm.update(model, run.masters, run.optimizer)
-
-    found = {"offload": offload}
-    for phase in (generation, reference, updates):
-        seconds, peak = measure(phase)
-        found[phase.__name__] = f"{seconds:.1f} s, {peak / 1e9:.1f} GB"
-    return found
-
-
 def bench(args):
     """Speed and memory of the parts, each in a process of its own."""
     name = torch.cuda.get_device_name() if rm.ON_GPU else "CPU, 1 thread"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    parts = args.only or ["q", "sampler", "iteration"]
+    parts = args.only or ["q", "sampler"]
     if "q" in parts:
         N, D = (16384, 1536) if rm.ON_GPU else (2048, 896)
         table = []
@@ -2084,9 +2054,6 @@ def bench(args):
         for rows in (64, 256):
             [(speed, peak)] = in_processes(bench_sampler, [(rows,)])
             print_table([{"rows": rows, "tokens/s": speed, "peak GB": peak / 1e9}])
-    if rm.ON_GPU and "iteration" in parts:
-        for offload in (False, True):
-            print_table(in_processes(bench_iteration, [(offload,)]))
 
 
 # ---- Evidence: python test_reval_min.py faults ---------------------------------------------------
@@ -2135,6 +2102,85 @@ def faults(args):
             return
 
 
+# ---- Evidence: torchrun --nproc_per_node 2 test_reval_min.py trl ---------------------------------
+
+TRL = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
+TRL |= {"max_completion_length": 12, "max_steps": 4, "learning_rate": 3e-2, "max_grad_norm": 0}
+TRL |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+
+
+def compare_trl(args):
+    """README's trainer for more than one GPU, on a tiny model in args.out, without reward and then
+    with it: prints how far each gradient is from that of `gradient`, on the responses of all ranks.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    import trl
+    from accelerate.utils import gather_object
+
+    plain = trl.GRPOConfig
+    trl.GRPOConfig = lambda out, **settings: plain(out, **(settings | TRL))
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)trainer.train\(\)\n```", text, re.DOTALL)[1]
+    names = {}
+    os.chdir(args.out)
+    exec(code.replace("MODEL", "model"), names)  # all of it but the last line
+    cut = [1] * names["LONGEST"]
+    assert names["reward"](["#### 5"] * 3, ["5", "5", "6"], [[1], cut, [1]]) == [1, 0, 0]
+    trainer = names["trainer"]
+    cfg = rm.Config(model="model", beta=trainer.beta)
+    reference, _ = rm.load_model(cfg)
+    model = copy.deepcopy(reference)
+
+    def paid_later(completions, trainer_state, **_):
+        return [float(trainer_state.global_step and len(text) % 2) for text in completions]
+
+    class Compare(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            batch = []
+            for part in trainer._buffered_inputs:
+                for i, signal in enumerate(part["advantages"]):
+                    t = {"problem": "", "step": 0, "signal": signal}
+                    t["prompt"] = part["prompt_ids"][i][part["prompt_mask"][i].bool()]
+                    t["response"] = part["completion_ids"][i][part["completion_mask"][i].bool()]
+                    batch.append(t)
+            batch = gather_object(batch)
+            model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+            rm.cache_values(reference, batch, cfg, "ref")
+            stats = rm.gradient(model, list(model.parameters()), batch, cfg)
+            expected = flat_grad(model.parameters()) * max(1, stats["grad_norm"])
+            off = (flat_grad(trainer.model.parameters()) - expected).norm().item()
+            row = {key: stats[key] for key in ("residual", "kl", "grad_norm")}
+            row |= {"responses": len(batch), "off": off}
+            row["signals"] = [t["signal"].item() for t in batch]
+            print(json.dumps(row) + "\n", end="", flush=True)  # in one write, as ranks share it
+
+    trainer.reward_funcs[0] = paid_later
+    trainer.add_callback(Compare())
+    trainer.train()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_trainer_of_the_readme(ranks, tmp_path):
+    """Its gradient is that of reval_loss on the responses of all ranks, in micro-batches, with
+    padding on the left and after updates; without reward it is 0. What was cut earns nothing."""
+    pytest.importorskip("trl")
+    saved_model(tmp_path / "model", "Qwen2", vocab_size=400)
+    transformers.GenerationConfig(eos_token_id=[*range(1, 40)]).save_pretrained(tmp_path / "model")
+    json_lines(tmp_path / "problems.jsonl", SUMS)
+    script = [str(HERE / "test_reval_min.py"), "trl", "--out", str(tmp_path)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert len(rows) == 4 * ranks and all(row["responses"] == 8 * ranks for row in rows)
+    for row in rows[: 2 * ranks]:
+        assert max(row["off"], row["grad_norm"], row["residual"]) < 1e-5
+    for row in rows[2 * ranks :]:
+        assert row["grad_norm"] > 0.1 and row["off"] < 1e-4 * row["grad_norm"]
+    assert {x % 0.25 for x in rows[-1]["signals"]} == {0}  # groups of 4, less their means
+    assert abs(rows[-1]["kl"]) > 0.01
+
+
 def test_bench_runs():
     """Its parts, in small, so that those for a GPU are known to work."""
     shape = dict.fromkeys(QWEN_1_5B, 2) | {"vocab_size": 512, "hidden_size": 32}
@@ -2142,7 +2188,6 @@ def test_bench_runs():
         seconds, _, error = bench_q(form, 32, 8, 300)
         assert seconds > 0 and (error == "-" or error < 0.1)
     assert bench_sampler(4, shape, 8)[0] > 0
-    assert len(bench_iteration(True, shape, 8, 16)) == 4
 
 
 def test_studies_run(tmp_path, monkeypatch, capsys):
@@ -2180,7 +2225,7 @@ def test_one_prompt_cell(start, monkeypatch):
 def main(argv):
     parser = argparse.ArgumentParser(description="The evidence behind the README's tables.")
     add = parser.add_argument
-    add("command", choices=["study", "bench", "faults"])
+    add("command", choices=["study", "bench", "faults", "trl"])
     add("name", nargs="?", default="replay", choices=[*STUDIES, "one-prompt"], help="of a study")
     add("--seeds", type=int, default=5, help="how many (default 5)")
     add("--first-seed", type=int, default=0, help="(default 0)")
@@ -2192,7 +2237,7 @@ def main(argv):
     add("--out", default="runs/evidence", help="finished runs are kept here")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    {"study": study, "bench": bench, "faults": faults}[args.command](args)
+    {"study": study, "bench": bench, "faults": faults, "trl": compare_trl}[args.command](args)
 
 
 if __name__ == "__main__":
