@@ -2,9 +2,8 @@
 
     python -m pytest -q                      the tests: no network, no GPU, under two minutes of CPU
     python test_reval_min.py study NAME      a table of figures: one-prompt, replay, calibration,
-                                             beta, buffer, reward, reset, one-rollout
-    python test_reval_min.py bench           speed and memory of the parts
-    python test_reval_min.py faults          kills of running programs, and what is lost by them
+                                             settings, reward, one-rollout, off-policy, real
+    python test_reval_min.py bench           speed and memory of q_from_logits
     torchrun test_reval_min.py trl           used by the test of README's trainer
 
 Each test names the claim of the tutorial that it checks. REVAL_TEST_SEED is the seed of the tests
@@ -23,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shlex
 import shutil
@@ -288,7 +288,8 @@ def test_example_of_the_docstring():
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_loss_and_target_equal_slow_oracles(calibrated):
     """Eq. (2) in plain loops, and the target term by term. The sum of Q - T Q over a response is
-    eq. (2), although no single one is. Nothing is detached from the gradient."""
+    eq. (2), although no single one is. Nothing is detached from the gradient. A constant on all
+    logits of a later state changes nothing; on those of the first it does."""
     q, v, q_ref, v_ref, reward, mask = values()
     target = rm.bellman_target(v, q_ref, v_ref, reward, mask, 0.1)
     slow = []
@@ -310,6 +311,10 @@ def test_loss_and_target_equal_slow_oracles(calibrated):
     loss, info = rm.reval_loss(q, v, *how)
     assert info["residual"].tolist() == pytest.approx(slow, rel=1e-10)
     assert loss.item() == pytest.approx(0.1 / 2 * fmean(x * x for x in slow), rel=1e-10)
+    shift = torch.arange(mask.shape[1])
+    assert rm.reval_loss(q + shift, v + shift, *how)[0].item() == pytest.approx(loss.item())
+    moved, _ = rm.reval_loss(q + shift + 1, v + shift + 1, *how)
+    assert abs(moved - loss) > 0.01
     operands = (q.requires_grad_(), v.requires_grad_())
     assert torch.autograd.gradcheck(lambda q, v: rm.reval_loss(q, v, *how)[0], operands)
 
@@ -390,20 +395,6 @@ def test_first_gradients():
     reinforce = gradient_of(-(centered * (q - v).masked_fill(~mask, 0).sum(1)).mean())
     assert (gradient_of(loss) - reinforce).norm() < 1e-6 * reinforce.norm()
     assert reinforce.norm() > 0.1
-
-
-def test_later_states_have_no_level():
-    """Not determined: a constant on all logits of a later state. On the first one's it matters."""
-    q, v, q_ref, v_ref, reward, mask = values()
-    shift = torch.randn(q.shape, dtype=q.dtype)
-    later = shift.clone()
-    later[:, 0] = 0
-    loss, shifted, moved = (
-        rm.reval_loss(q + x, v + x, q_ref, v_ref, reward, mask, 0.1)[0].item()
-        for x in (0, later, shift)
-    )
-    assert shifted == pytest.approx(loss, rel=1e-12)
-    assert moved != pytest.approx(loss, rel=1e-3)
 
 
 # A world small enough to solve: two tokens out of three, so nine responses, of which two are right.
@@ -1054,18 +1045,6 @@ def test_sampler_and_scorer_agree(kind, tmp_path, monkeypatch):
     assert torch.equal(again, torch.cat(responses)) and not torch.equal(other, again)
 
 
-def test_frequencies():
-    """Tokens come as often as the model's probabilities say."""
-    model, tokenizer = rm.make_model(SEED)
-    prompts = rm.encode_prompts(tokenizer, ["12+34+56=?"], rm.Config())
-    n = 2000
-    drawn = torch.cat(rm.sample(model, prompts * n, {2}, rm.Config(max_new_tokens=1), SEED))
-    with torch.no_grad():
-        share = model(input_ids=prompts[0][None]).logits[0, -1].softmax(-1)
-    chi2 = ((torch.bincount(drawn, minlength=19) - n * share) ** 2 / (n * share + 1)).sum()
-    assert chi2 < 60  # 18 degrees of freedom: one seed in a million would exceed it
-
-
 def test_memory_and_length_are_told_first(tmp_path, capsys):
     """Before the first wait: rows x tokens x layers x kv heads x head size x 2 x bytes; a context
     that is too short for the longest problem is refused there, and leaves no folder."""
@@ -1368,6 +1347,24 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     assert asked == [(0, "evaluation")]
     assert found["accuracy"] == pytest.approx(7 / 16)
     assert found["stderr"] == pytest.approx(math.sqrt((9 + 1 + 49 + 81) / 256 + 1 / 4) / 5)
+    # Wilson's: at the ends of the interval, by their own p, what was found is one error away.
+    monkeypatch.setattr(rm, "rollout", lambda *_: [row | {"response": [0]} for row in rows])
+    for n in (0, 3, 10):
+        rows = [
+            {
+                "problem": "",
+                "answer": "",
+                "text": "",
+                "found": "",
+                "ended": True,
+                "reward": float(i < n),
+            }
+            for i in range(10)
+        ]
+        middle = (n / 10 + 1 / 20) / (1 + 1 / 10)
+        error = rm.evaluate(None, None, rows, rm.Config(), 1, out)["stderr"]
+        for end in (middle - error, middle + error):
+            assert (end - n / 10) ** 2 == pytest.approx(end * (1 - end) / 10, abs=1e-12)
     assert found["eval_truncated"] == 1 / 4
     assert found["eval_length"] == pytest.approx((6 + 5 + 4 + 3 + 12 * 2) / 16)
     rows = rows_of(out, "eval-00000.jsonl")
@@ -1378,19 +1375,6 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "rollouts" not in printed and "distilled" not in printed
     assert "  right: 'a' -> '\\\\boxed{5}' (found '5', wanted '5')\n  wrong: 'a' -> " in printed
-
-
-@pytest.mark.parametrize("right", [0, 3, 10])
-def test_standard_error(right, monkeypatch, tmp_path):
-    """Half of Wilson's interval, whose ends p lie one standard error, of theirs, from what was
-    found. So it is not 0 where nothing is right."""
-    row = dict.fromkeys(("problem", "answer", "text", "ended", "found"), "") | {"response": [0]}
-    rows = [row | {"reward": float(i < right)} for i in range(10)]
-    monkeypatch.setattr(rm, "rollout", lambda *_: rows)
-    figures = rm.evaluate(None, None, rows, rm.Config(), 0, tmp_path)
-    middle = (right / 10 + 1 / 20) / (1 + 1 / 10)
-    for end in (middle - figures["stderr"], middle + figures["stderr"]):
-        assert (end - right / 10) ** 2 == pytest.approx(end * (1 - end) / 10, abs=1e-12)
 
 
 def test_it_learns_to_show_its_work(quick, monkeypatch):
@@ -1622,6 +1606,26 @@ def test_ctrl_c(calm, quick, monkeypatch, capsys):
     same_runs(whole, cfg.out)
 
 
+def test_a_kill(tmp_path):
+    """SIGKILL at any moment, which no program can catch: the run goes on, to the bit. TBRM, as its
+    weights move without reward."""
+    argv = "--algo tbrm --steps 16 --distill-steps 3 --prompts 2 --rollouts 2 --updates 2"
+    argv += " --max-new-tokens 8 --eval-every 99 --eval-problems 2 --save-every 1 --out"
+    argv = [*argv.split(), "shaken"]
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "reval_min.py"), *argv], cwd=tmp_path, stdout=subprocess.PIPE
+    ) as process:
+        for line in process.stdout:
+            if line.split()[:1] == [b"5"]:
+                break
+        time.sleep(0.05 * random.random())
+        process.kill()
+    assert 5 < len(rows_of(tmp_path / "shaken")) < 17
+    calm, shaken = str(tmp_path / "calm"), str(tmp_path / "shaken")
+    assert rm.main([*argv, "--out", calm]) == rm.main(["--resume", shaken]) == 0
+    same_runs(calm, shaken)
+
+
 def test_every_write_may_fail(calm, quick, monkeypatch, capsys):
     """A full disk at any write, flush or replace: one line, status 2, nothing half-written, and the
     last checkpoint goes on to the very run that nothing disturbed."""
@@ -1757,7 +1761,8 @@ def test_the_two_warnings(quick, capsys):
 
 
 def in_processes(function, calls, jobs=1):
-    """function(*call) for each call, some jobs at a time in new processes. -> results, in order"""
+    """function(*call) for each call, some jobs at a time in new processes, with one thread each.
+    -> results, in order"""
     context = multiprocessing.get_context("spawn")
     quiet = transformers.utils.logging.disable_progress_bar
     with concurrent.futures.ProcessPoolExecutor(jobs, context, quiet) as pool:
@@ -1787,8 +1792,61 @@ def print_table(rows):
 
 
 # ---- Evidence: python test_reval_min.py study NAME -----------------------------------------------
-# A variant is written as it would be on the command line, without the dashes.
 
+PLAIN_SIGNALS, PLAIN_LOSS, PLAIN_LEARN = rm.add_signals, rm.reval_loss, rm.learn
+
+
+def no_reward(trajectories, cfg):
+    """add_signals: the loss sees reward 0 everywhere."""
+    for t in trajectories:
+        t["signal"] = torch.tensor(0.0)
+
+
+def leave_one_out(trajectories, cfg):
+    """add_signals: the reward less the mean of the group's other responses."""
+    PLAIN_SIGNALS(trajectories, dataclasses.replace(cfg, reward="centered"))
+    for t in trajectories:
+        t["signal"] = t["signal"] * cfg.rollouts / (cfg.rollouts - 1)
+
+
+def recent_mean(run, fresh, cfg, step):
+    """learn: the reward less one mean for all in the buffer, that of the fresh batch."""
+    mean = fmean(t["reward"] for t in fresh)
+    for t in run.buffer.items:
+        t["signal"] = torch.tensor(t["reward"] - mean)
+    return PLAIN_LEARN(run, fresh, cfg, step)
+
+
+def no_v(q, v, q_ref, v_ref, *how):
+    """reval_loss: log pi(response) - log pi_ref(response) - r / beta, eq. (8) of the paper."""
+    zero = torch.zeros_like(v)
+    return PLAIN_LOSS(q - v, zero, q_ref - v_ref, zero, *how)
+
+
+def from_a_log(run, tokenizer, problems, cfg, step, next_seed=0):
+    """collect: samples nothing; all data are what LOG's run of this seed, or of the next, left."""
+    if step == 1:
+        seed = (cfg.seed + next_seed) % 5
+        (folder,) = Path(cfg.out).parent.glob(f"{LOG.replace(' ', ',')},lr=*,seed={seed}")
+        run.buffer.items = torch.load(folder / "checkpoint.pt", weights_only=True)["buffer"]
+        rm.add_signals(run.buffer.items, cfg)
+        rm.cache_values(run.reference, run.buffer.items, cfg, "ref")
+    drawn = run.buffer.sample(len(problems))
+    if cfg.algo == "grpo":
+        rm.cache_values(run.model, drawn, cfg, "old")
+    return drawn
+
+
+# A variant is written as on the command line, without the dashes; these words in it put a function
+# of the above in the place of one of reval_min.
+CHANGES = {
+    "no-reward": ("add_signals", no_reward),
+    "leave-one-out": ("add_signals", leave_one_out),
+    "recent-mean": ("learn", recent_mean),
+    "no-v": ("reval_loss", no_v),
+    "log": ("collect", from_a_log),
+    "other-log": ("collect", functools.partial(from_a_log, next_seed=1)),
+}
 LR = {  # by method and updates K: the best of a sweep by factors of 2 on seeds 100 and 101
     "reval": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 1.5e-4},
     "grpo": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4},
@@ -1797,49 +1855,66 @@ LR = {  # by method and updates K: the best of a sweep by factors of 2 on seeds 
 REVAL, REVAL_1 = "algo=reval updates=8", "algo=reval updates=1 buffer=1"
 GRPO, GRPO_1 = "algo=grpo updates=8", "algo=grpo updates=1"
 TBRM = "algo=tbrm updates=8"
-CENTERED = f"{REVAL} reward=centered"
+LOG = f"{REVAL} buffer=30"
 STUDIES = {
     "replay": [f"algo=reval updates={k}" for k in (2, 4, 8)]
     + [f"algo=reval updates={k} buffer=1" for k in (1, 2, 4, 8)]
     + [f"algo=grpo updates={k}" for k in (1, 2, 4, 8)],
-    "calibration": [f"{REVAL} no-reward", f"{TBRM} no-reward", REVAL, TBRM],
-    "beta": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.1, 0.2))],
-    "buffer": [REVAL, *(f"{REVAL} buffer={n}" for n in (1, 2, 5, 30))],
-    "reward": [REVAL, CENTERED, f"{CENTERED} buffer=1", REVAL_1, f"{REVAL_1} reward=centered"]
-    + [f"{CENTERED} ref-reset={n}" for n in (10, 5, 2)],
-    "reset": [REVAL, *(f"{REVAL} ref-reset={n}" for n in (15, 10, 5))],
-    "one-rollout": [REVAL, REVAL_1, GRPO, GRPO_1]
-    + [f"{method} prompts=128 rollouts=1" for method in (REVAL, REVAL_1, GRPO, GRPO_1)],
+    "calibration": [f"{REVAL} no-reward", f"{TBRM} no-reward", f"{REVAL} no-v no-reward"]
+    + [REVAL, TBRM, f"{REVAL} no-v"],
+    "settings": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.2))]
+    + [f"{REVAL} buffer={n}" for n in (1, 5, 30)]
+    + [f"{REVAL} ref-reset={n}" for n in (15, 10, 5)],
+    "reward": [REVAL, f"{REVAL} reward=centered", f"{REVAL} leave-one-out", f"{REVAL} recent-mean"]
+    + [REVAL_1, f"{REVAL_1} reward=centered"],
+    "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO, GRPO_1)]
+    + [REVAL, GRPO, GRPO_1],
+    "off-policy": [LOG, f"{LOG} log", f"{LOG} other-log", f"{GRPO} buffer=30 log"],
+    "real": ["algo=reval updates=2", "algo=reval updates=1 buffer=1"]
+    + ["algo=grpo updates=1", "algo=grpo updates=2"],
 }
+# The first 320 responses of README's example, with the model and the problems that it has made.
+REAL = ["--preset=small", "--model=smollm2", "--data=larger.jsonl", "--steps=10", "--rollouts=4"]
+REAL += ["--max-new-tokens=32", "--raw-prompt"]
+REAL += [
+    "--prompt=Which is larger, 12 or 7?\n#### 12<|im_end|>\n"
+    "Which is larger, 35 or 81?\n#### 81<|im_end|>\n{problem}\n"
+]
 
 
-def config_of(variant, start, seed):
-    """The Config of a variant, from the model in a start's folder."""
-    words = [*variant.split(), f"model={start}/model", f"seed={seed}"]
-    return rm.parse_args(["--preset=toy", *(f"--{word}" for word in words)])
+def config_of(variant, *words):
+    """The Config of a variant, after other words of the command line."""
+    flags = [f"--{word}" for word in variant.split() if word not in CHANGES]
+    return rm.parse_args([*words, *flags])
 
 
-def cell(out, variant, factor, seed):
-    """The Config of one run of a study, in a folder named after it: studies share their runs."""
-    no_reward = variant.endswith(" no-reward")
-    cfg = config_of(variant.removesuffix(" no-reward"), out / f"start{seed}", seed)
-    lr = factor * LR[cfg.algo][cfg.updates]
-    folder = out / f"{variant.replace(' ', ',')},lr={lr:g},seed={seed}"
-    rare = {"eval_every": 1000, "save_every": 1000}
-    if no_reward:
-        rare |= {"data": f"{out}/no_reward.jsonl", "eval_data": f"{out}/held_out.jsonl"}
-    return dataclasses.replace(cfg, lr=lr, out=str(folder), **rare)
+def cell(args, variant, factor, seed):
+    """The Config of one run of a study, in a folder named after it, as studies share their runs."""
+    out = Path(args.out)
+    base = ["--preset=toy", f"--model={out}/start{seed}/model"]
+    if args.name == "real":
+        base = REAL
+    cfg = config_of(variant, *base, f"--seed={seed}")
+    lr = factor * (cfg.lr if args.name == "real" else LR[cfg.algo][cfg.updates])
+    words = [word for word in variant.split() if not word.startswith("lr=")]
+    folder = out / ",".join([*words, f"lr={lr:g}", f"seed={seed}"])
+    return dataclasses.replace(cfg, lr=lr, out=str(folder), eval_every=1000, save_every=1000)
 
 
-def run_cell(cfg):
+def run_cell(cfg, variant=""):
     """Trains, unless that very run is there already."""
     config, end = Path(cfg.out, "config.json"), Path(cfg.out, "cpu_seconds")
     if end.exists() and json.loads(config.read_text()) == dataclasses.asdict(cfg):
         return
     shutil.rmtree(cfg.out, ignore_errors=True)  # of other settings, or broken off
     begin = time.process_time()
-    with open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stdout(sink):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        for word in CHANGES.keys() & variant.split():
+            patch.setattr(rm, *CHANGES[word])
         rm.train(cfg)
+    for file in Path(cfg.out).rglob("*"):
+        if file.stat().st_size > 1e8:
+            file.unlink()  # the checkpoint and the weights of a real model
     end.write_text(str(time.process_time() - begin))
 
 
@@ -1864,24 +1939,23 @@ def study(args):
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.name == "one-prompt":
         return one_prompt(args, out, seeds)
-    sums, held_out = rm.load_problems(rm.Config())
-    rm.write_rows(out / "no_reward.jsonl", [p | {"answer": "-1"} for p in sums[:1000]])
-    rm.write_rows(out / "held_out.jsonl", held_out)
-    starts = [[rm.Config(steps=0, seed=seed, out=f"{out}/start{seed}")] for seed in seeds]
-    in_processes(run_cell, starts, args.jobs)
+    if args.name != "real":
+        starts = [[rm.Config(steps=0, seed=seed, out=f"{out}/start{seed}")] for seed in seeds]
+        in_processes(run_cell, starts, args.jobs)
     groups = []  # the runs of a row of the table, one a seed
     for variant, factor in itertools.product(args.only or STUDIES[args.name], args.lr_factors):
-        groups.append([cell(out, variant, factor, seed) for seed in seeds])
-    in_processes(run_cell, [[cfg] for group in groups for cfg in group], args.jobs)
+        groups.append([(cell(args, variant, factor, seed), variant) for seed in seeds])
+    in_processes(run_cell, groups[0], args.jobs)  # others may need them
+    in_processes(run_cell, [call for group in groups for call in group], args.jobs)
     table = []
     lines = []
     first = None
     for group in groups:
-        rewards, runs = zip(*(figures(cfg.out) for cfg in group), strict=True)
+        rewards, runs = zip(*(figures(cfg.out) for cfg, _ in group), strict=True)
         first = first or runs
         for run, other in zip(runs, first, strict=True):  # they share their start
             run["less the first's"] = run["mean reward"] - other["mean reward"]
-        name = Path(group[0].out).name.replace(",", " ").rpartition(" ")[0]
+        name = Path(group[0][0].out).name.replace(",", " ").rpartition(" ")[0]
         columns = {key: [run[key] for run in runs] for key in runs[0]}
         table.append({"variant": name} | columns)
         lines.append([round(fmean(x), 3) for x in zip(*rewards, strict=True)])
@@ -1907,15 +1981,22 @@ def success(model, tokenizer, problems, n, seed, step):
 def solve(start, variant, problem, seed):
     """Trains on one problem until 0.95 of 64 fresh answers are right.
     -> rounds, or None if it is not solved"""
-    cfg = config_of(f"{variant} prompts=1 warmup=2 half-life=0", start, seed)
+    result = Path(start, f"{variant} {problem['problem']} {seed}".replace(" ", ","))
+    if result.exists():
+        return json.loads(result.read_text())
+    words = ["--preset=toy", f"--model={start}/model", f"--seed={seed}"]
+    cfg = config_of(f"{variant} prompts=1 warmup=2 half-life=0", *words)
     model, tokenizer = rm.load_model(cfg)
     run = rm.Run(cfg, model, [])
+    solved = None
     for step in range(1, ROUNDS + 1):
         fresh = rm.collect(run, tokenizer, [problem] * cfg.rollouts, cfg, step)
         rm.learn(run, fresh, cfg, step)
         if success(model, tokenizer, [problem], 64, seed, step)[0] >= 0.95:
-            return step
-    return None
+            solved = step
+            break
+    result.write_text(json.dumps(solved))
+    return solved
 
 
 def one_prompt(args, out, seeds):
@@ -1926,6 +2007,7 @@ def one_prompt(args, out, seeds):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rm, "WRITTEN_SHARE", 0.4)
         run_cell(rm.Config(steps=0, out=start))
+    torch.set_num_threads(1)
     model, tokenizer = rm.load_model(rm.Config(model=f"{start}/model"))
     problems, _ = rm.load_problems(rm.Config())
     found = success(model, tokenizer, problems[:300], 128, 0, 0)
@@ -1937,19 +2019,28 @@ def one_prompt(args, out, seeds):
         print(f"base success, {name}: {', '.join(f'{share:.2f}' for share in base)}")
     print()
     methods = args.only or [GRPO_1, GRPO, *(f"algo=reval updates={k}" for k in (1, 2, 4, 8))]
-    for factor in args.lr_factors:
+    variants = {(m, f): f"{m} lr={f * 3e-4:g}" for m in methods for f in args.lr_factors}
+    cases = list(itertools.product(chosen, seeds))
+    calls = [(start, variant, *case) for variant in variants.values() for case in cases]
+    rounds = in_processes(solve, calls, args.jobs)
+    results = {}  # rounds to success, by method and rate, problem after problem
+    for i, key in enumerate(variants):
+        results[key] = rounds[i * len(cases) : (i + 1) * len(cases)]
+    third = len(cases) // 3
+    for choice in [*args.lr_factors, "best"]:
         table = []
         means = []  # rounds, for each method and difficulty
         for method in methods:
-            variant = f"{method} lr={factor * 3e-4:g}"
-            calls = [(start, variant, problem, seed) for problem in chosen for seed in seeds]
-            rounds = in_processes(solve, calls, args.jobs)
-            counted = [n or ROUNDS for n in rounds]
-            third = len(calls) // 3
-            groups = [counted[:third], counted[third:-third], counted[-third:]]
-            means.append([fmean(group) for group in groups])
-            row = {"variant": variant, "not solved": f"{rounds.count(None)} of {len(calls)}"}
-            row |= {f"rounds, {name}": x for name, x in zip(DIFFICULTIES, groups, strict=True)}
+            factor = choice
+            if choice == "best":
+                totals = {f: sum(n or ROUNDS for n in results[method, f]) for f in args.lr_factors}
+                factor = min(totals, key=totals.get)
+            row = {"variant": variants[method, factor]}
+            row["not solved"] = results[method, factor].count(None)
+            counted = [n or ROUNDS for n in results[method, factor]]
+            parts = [counted[:third], counted[third:-third], counted[-third:]]
+            row |= {f"rounds, {name}": x for name, x in zip(DIFFICULTIES, parts, strict=True)}
+            means.append([fmean(part) for part in parts])
             table.append(row)
         for row, own in zip(table, means, strict=True):
             for method, base in zip(methods[:2], means[:2], strict=True):
@@ -1961,9 +2052,6 @@ def one_prompt(args, out, seeds):
 # ---- Evidence: python test_reval_min.py bench ----------------------------------------------------
 
 DEVICE = "cuda" if rm.ON_GPU else "cpu"
-# The shape of DeepSeek-R1-Distill-Qwen-1.5B.
-QWEN_1_5B = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960}
-QWEN_1_5B |= {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
 
 
 def measure(work):
@@ -2018,88 +2106,17 @@ def bench_q(form, N, D, A=151_936):
     return min(seconds), max(peaks) - before - gradients, error
 
 
-def random_model(shape):
-    config = transformers.Qwen2Config(**shape, tie_word_embeddings=False)
-    with torch.device(DEVICE):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
-
-
-def bench_sampler(rows, shape=QWEN_1_5B, T=256, ends=300):
-    """Responses of mixed length, as so many tokens end one. -> tokens per second, peak bytes"""
-    model = random_model(shape)
-    cfg = rm.Config(rows=rows, max_new_tokens=T)
-    prompts = [torch.randint(ends, 512, (100 + i % 100,)) for i in range(rows)]
-    ends = set(range(ends))
-    rm.sample(model, prompts[:2], ends, cfg, 0)  # what is only done once is not measured
-    responses = []
-    seconds, peak = measure(lambda: responses.extend(rm.sample(model, prompts, ends, cfg, 1)))
-    return sum(len(response) for response in responses) / seconds, peak
-
-
 def bench(args):
-    """Speed and memory of the parts, each in a process of its own."""
+    """q_from_logits, each form in a process of its own: seconds and memory."""
     name = torch.cuda.get_device_name() if rm.ON_GPU else "CPU, 1 thread"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    parts = args.only or ["q", "sampler"]
-    if "q" in parts:
-        N, D = (16384, 1536) if rm.ON_GPU else (2048, 896)
-        table = []
-        for form in ("plain", "products", 4096):
-            [(seconds, extra, error)] = in_processes(bench_q, [(form, N, D)])
-            row = {"form, or block": form, "s": seconds, "extra MB": extra / 1e6, "error": error}
-            table.append({"N": N, "D": D} | row)
-        print_table(table)
-    if rm.ON_GPU and "sampler" in parts:  # the 1.5B shape, up to 256 tokens
-        for rows in (64, 256):
-            [(speed, peak)] = in_processes(bench_sampler, [(rows,)])
-            print_table([{"rows": rows, "tokens/s": speed, "peak GB": peak / 1e9}])
-
-
-# ---- Evidence: python test_reval_min.py faults ---------------------------------------------------
-
-
-def killed(command, patience):
-    """Runs a command, but kills it so many seconds after it has loaded its model. -> was it?"""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        for line in process.stdout:
-            if "parameters" in line:
-                break
-        try:
-            _, error = process.communicate(timeout=patience)
-        except subprocess.TimeoutExpired:
-            process.kill()  # SIGKILL, which cannot be caught
-            return True
-        if process.returncode:
-            sys.exit(f"could not go on: {error}")
-        return False
-
-
-def faults(args):
-    """Kills runs at random moments, continues them, and compares their ends with calm runs."""
-    out = Path(args.out)
-    script = [sys.executable, str(HERE / "reval_min.py")]
-    small = "--distill-steps 20 --steps 60 --prompts 8 --rollouts 4 --updates 4 --save-every 1"
-    random = rm.rng(0, 0, "faults")
-    kills = 0
-    for seed in itertools.count(1):
-        new = [*script, *small.split(), f"--seed={seed}", "--eval-problems=64", "--out"]
-        calm, shaken = out / f"calm{seed}", out / f"shaken{seed}"
-        for folder in (calm, shaken):
-            shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([*new, calm], check=True, stdout=subprocess.DEVNULL)
-        command = [*new, shaken]
-        while killed(command, random.uniform(0, 2) if kills < args.kills else None):
-            kills += 1
-            command = [*script, "--resume", shaken]
-            if not (shaken / "checkpoint.pt").exists():  # nothing had been learnt yet
-                shutil.rmtree(shaken, ignore_errors=True)
-                command = [*new, shaken]
-        same_runs(calm, shaken)
-        print(f"{kills} kills; {seed} shaken runs ended as calm ones, to the bit", flush=True)
-        if kills >= args.kills:
-            return
+    N, D = (16384, 1536) if rm.ON_GPU else (2048, 896)
+    table = []
+    for form in ("plain", "products", 4096):
+        [(seconds, extra, error)] = in_processes(bench_q, [(form, N, D)])
+        row = {"form, or block": form, "s": seconds, "extra MB": extra / 1e6, "error": error}
+        table.append({"N": N, "D": D} | row)
+    print_table(table)
 
 
 # ---- Evidence: torchrun --nproc_per_node 2 test_reval_min.py trl ---------------------------------
@@ -2149,10 +2166,9 @@ def compare_trl(args):
             stats = rm.gradient(model, list(model.parameters()), batch, cfg)
             expected = flat_grad(model.parameters()) * max(1, stats["grad_norm"])
             off = (flat_grad(trainer.model.parameters()) - expected).norm().item()
-            row = {key: stats[key] for key in ("residual", "kl", "grad_norm")}
-            row |= {"responses": len(batch), "off": off}
-            row["signals"] = [t["signal"].item() for t in batch]
-            print(json.dumps(row) + "\n", end="", flush=True)  # in one write, as ranks share it
+            signals = [t["signal"].item() for t in batch]
+            line = json.dumps(stats | {"off": off, "signals": signals}) + "\n"
+            print(line, end="", flush=True)  # in one write, as the ranks share it
 
     trainer.reward_funcs[0] = paid_later
     trainer.add_callback(Compare())
@@ -2172,7 +2188,7 @@ def test_the_trainer_of_the_readme(ranks, tmp_path):
     done = subprocess.run([sys.executable, *launcher, *script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    assert len(rows) == 4 * ranks and all(row["responses"] == 8 * ranks for row in rows)
+    assert len(rows) == 4 * ranks and all(len(row["signals"]) == 8 * ranks for row in rows)
     for row in rows[: 2 * ranks]:
         assert max(row["off"], row["grad_norm"], row["residual"]) < 1e-5
     for row in rows[2 * ranks :]:
@@ -2182,12 +2198,10 @@ def test_the_trainer_of_the_readme(ranks, tmp_path):
 
 
 def test_bench_runs():
-    """Its parts, in small, so that those for a GPU are known to work."""
-    shape = dict.fromkeys(QWEN_1_5B, 2) | {"vocab_size": 512, "hidden_size": 32}
+    """Its parts, in small."""
     for form in ("plain", "products", 64):
         seconds, _, error = bench_q(form, 32, 8, 300)
         assert seconds > 0 and (error == "-" or error < 0.1)
-    assert bench_sampler(4, shape, 8)[0] > 0
 
 
 def test_studies_run(tmp_path, monkeypatch, capsys):
@@ -2203,14 +2217,31 @@ def test_studies_run(tmp_path, monkeypatch, capsys):
     figures = {"accuracy": 0.5, "stderr": 0.1}
     monkeypatch.setattr(rm, "evaluate", lambda *_: figures)
     variant = "algo=reval updates=1 steps=1 prompts=2 rollouts=2"
-    monkeypatch.setitem(STUDIES, "beta", [variant, f"{variant} no-reward"])
-    argv = ["study", "beta", "--seeds=2", "--chart", f"--out={tmp_path}"]
+    monkeypatch.setitem(STUDIES, "reward", [variant, f"{variant} no-reward"])
+    argv = ["study", "reward", "--seeds=2", "--chart", f"--out={tmp_path}"]
     main(argv)
     printed = capsys.readouterr().out
     assert printed.count("| algo=reval") == 2
     monkeypatch.setattr(rm, "train", None)
     main(argv)
     assert capsys.readouterr().out == printed
+
+
+def test_changes_of_the_studies(quick, rewarded, gradients):
+    """What the words in a variant change is what their functions say."""
+    q, v, q_ref, v_ref, reward, mask = values()
+    loss, _ = no_v(q, v, q_ref, v_ref, reward, mask, 0.1)
+    log_ratio = (q - v - q_ref + v_ref).masked_fill(~mask, 0).sum(1)
+    assert loss.item() == pytest.approx(
+        (0.1 / 2 * (log_ratio - reward / 0.1).square().mean()).item()
+    )
+    batch = [{"reward": r} for r in (1.0, 0.0, 0.0, 0.0, 1.0, 1.0)]
+    leave_one_out(batch, rm.Config(rollouts=3))
+    assert [t["signal"].item() for t in batch] == pytest.approx(
+        [1, -1 / 2, -1 / 2, -1, 1 / 2, 1 / 2]
+    )
+    no_reward(batch, rm.Config())
+    assert not any(t["signal"] for t in batch)
 
 
 def test_one_prompt_cell(start, monkeypatch):
@@ -2225,19 +2256,18 @@ def test_one_prompt_cell(start, monkeypatch):
 def main(argv):
     parser = argparse.ArgumentParser(description="The evidence behind the README's tables.")
     add = parser.add_argument
-    add("command", choices=["study", "bench", "faults", "trl"])
+    add("command", choices=["study", "bench", "trl"])
     add("name", nargs="?", default="replay", choices=[*STUDIES, "one-prompt"], help="of a study")
     add("--seeds", type=int, default=5, help="how many (default 5)")
     add("--first-seed", type=int, default=0, help="(default 0)")
-    add("--only", nargs="+", metavar="VARIANT", help="these variants, or parts of bench, alone")
+    add("--only", nargs="+", metavar="VARIANT", help="these variants alone")
     add("--lr-factors", nargs="+", type=float, default=[1.0], help="of the learning rates")
     add("--chart", action="store_true", help="the rewards, as a mermaid picture")
     add("--jobs", type=int, default=1, help="processes side by side (default 1)")
-    add("--kills", type=int, default=50, help="how many faults (default 50)")
     add("--out", default="runs/evidence", help="finished runs are kept here")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    {"study": study, "bench": bench, "faults": faults, "trl": compare_trl}[args.command](args)
+    {"study": study, "bench": bench, "trl": compare_trl}[args.command](args)
 
 
 if __name__ == "__main__":
