@@ -1866,7 +1866,7 @@ STUDIES = {
     + [f"{REVAL} buffer={n}" for n in (1, 5, 30)]
     + [f"{REVAL} ref-reset={n}" for n in (15, 10, 5)],
     "reward": [REVAL, f"{REVAL} reward=centered", f"{REVAL} leave-one-out", f"{REVAL} recent-mean"]
-    + [REVAL_1, f"{REVAL_1} reward=centered"],
+    + [f"{REVAL} reward=centered beta=0.02", REVAL_1, f"{REVAL_1} reward=centered"],
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO, GRPO_1)]
     + [REVAL, GRPO, GRPO_1],
     "off-policy": [LOG, f"{LOG} log", f"{LOG} other-log", f"{GRPO} buffer=30 log"],
