@@ -1787,16 +1787,11 @@ def in_processes(function, calls, jobs=1):
 
 
 def text_of(value):
-    """A number; or of a list of them, one a seed, mean +- standard deviation. None is never."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if not isinstance(value, list):
-        return str(value)
-    if None in value:
-        return f"never ({value.count(None)} of {len(value)})"
-    digits = 0 if max(value) >= 100 else 3
-    spread = f" +- {stdev(value):.{digits}f}" if len(value) > 1 else ""
-    return f"{fmean(value):.{digits}f}{spread}"
+    """A number; or of a list of them, one a seed, mean +- standard deviation."""
+    if isinstance(value, list):
+        spread = f" +- {stdev(value):.3f}" if len(value) > 1 else ""
+        return f"{fmean(value):.3f}{spread}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def print_table(rows):
@@ -1809,20 +1804,13 @@ def print_table(rows):
 
 # ---- Evidence: python test_reval_min.py study NAME -----------------------------------------------
 
-PLAIN_SIGNALS, PLAIN_LOSS, PLAIN_LEARN = rm.add_signals, rm.reval_loss, rm.learn
+PLAIN_LOSS, PLAIN_LEARN = rm.reval_loss, rm.learn
 
 
 def no_reward(trajectories, cfg):
     """add_signals: the loss sees reward 0 everywhere."""
     for t in trajectories:
         t["signal"] = torch.tensor(0.0)
-
-
-def leave_one_out(trajectories, cfg):
-    """add_signals: the reward less the mean of the group's other responses."""
-    PLAIN_SIGNALS(trajectories, dataclasses.replace(cfg, reward="centered"))
-    for t in trajectories:
-        t["signal"] = t["signal"] * cfg.rollouts / (cfg.rollouts - 1)
 
 
 def recent_mean(run, fresh, cfg, step):
@@ -1857,7 +1845,6 @@ def from_a_log(run, tokenizer, problems, cfg, step, next_seed=0):
 # of the above in the place of one of reval_min.
 CHANGES = {
     "no-reward": ("add_signals", no_reward),
-    "leave-one-out": ("add_signals", leave_one_out),
     "recent-mean": ("learn", recent_mean),
     "no-v": ("reval_loss", no_v),
     "log": ("collect", from_a_log),
@@ -1879,10 +1866,12 @@ STUDIES = {
     "calibration": [f"{REVAL} no-reward", f"{TBRM} no-reward", f"{REVAL} no-v no-reward"]
     + [REVAL, TBRM, f"{REVAL} no-v"],
     "settings": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.2))]
-    + [f"{REVAL} buffer={n}" for n in (1, 5, 30)]
-    + [f"{REVAL} ref-reset={n}" for n in (15, 10, 5)],
-    "reward": [REVAL, f"{REVAL} reward=centered", f"{REVAL} leave-one-out", f"{REVAL} recent-mean"]
-    + [f"{REVAL} reward=centered beta=0.02", REVAL_1, f"{REVAL_1} reward=centered"],
+    + [f"{REVAL} buffer={n}" for n in (1, 30)]
+    + [f"{REVAL} ref-reset={n}" for n in (10, 5)],
+    # Less the mean of the 7 others is centered at 7/8 of beta.
+    "reward": [REVAL, f"{REVAL} reward=centered", f"{REVAL} reward=centered beta=0.04375"]
+    + [f"{REVAL} reward=centered beta=0.02", f"{REVAL} recent-mean"]
+    + [REVAL_1, f"{REVAL_1} reward=centered"],
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO, GRPO_1)]
     + [REVAL, GRPO, GRPO_1],
     "off-policy": [LOG, f"{LOG} log", f"{LOG} other-log", f"{GRPO} buffer=30 log"],
@@ -1934,20 +1923,6 @@ def run_cell(cfg, variant=""):
     end.write_text(str(time.process_time() - begin))
 
 
-def figures(out):
-    """A run's rewards, and its numbers for the table."""
-    start, *rows = rows_of(out)
-    rewards = [row["reward"] for row in rows]
-    solved = None
-    for i in range(2, len(rows)):
-        if solved is None and fmean(rewards[i - 2 : i + 1]) >= 0.7:
-            solved = rows[i]["rollouts"]
-    columns = {"before": start["accuracy"], "after": rows[-1]["accuracy"]}
-    columns |= {"mean reward": fmean(rewards), "less the first's": 0.0}  # the latter is known later
-    columns |= {"last 10": fmean(rewards[-10:]), "rollouts to .7": solved, "KL": rows[-1]["kl"]}
-    return rewards, columns | {"cpu s": float(Path(out, "cpu_seconds").read_text())}
-
-
 def study(args):
     """Every variant of a study from the same warm starts, at equal rollouts."""
     out = Path(args.out)
@@ -1958,28 +1933,28 @@ def study(args):
     if args.name != "real":
         starts = [[rm.Config(steps=0, seed=seed, out=f"{out}/start{seed}")] for seed in seeds]
         in_processes(run_cell, starts, args.jobs)
-    groups = []  # the runs of a row of the table, one a seed
-    for variant, factor in itertools.product(args.only or STUDIES[args.name], args.lr_factors):
-        groups.append([(cell(args, variant, factor, seed), variant) for seed in seeds])
-    in_processes(run_cell, groups[0], args.jobs)  # others may need them
-    in_processes(run_cell, [call for group in groups for call in group], args.jobs)
     table = []
-    lines = []
-    first = None
-    for group in groups:
-        rewards, runs = zip(*(figures(cfg.out) for cfg, _ in group), strict=True)
-        first = first or runs
-        for run, other in zip(runs, first, strict=True):  # they share their start
-            run["less the first's"] = run["mean reward"] - other["mean reward"]
-        name = Path(group[0][0].out).name.replace(",", " ").rpartition(" ")[0]
-        columns = {key: [run[key] for run in runs] for key in runs[0]}
-        table.append({"variant": name} | columns)
-        lines.append([round(fmean(x), 3) for x in zip(*rewards, strict=True)])
+    curves = []
+    for variant, factor in itertools.product(args.only or STUDIES[args.name], args.lr_factors):
+        cells = [cell(args, variant, factor, seed) for seed in seeds]
+        in_processes(run_cell, [(cfg, variant) for cfg in cells], args.jobs)
+        runs = [rows_of(cfg.out) for cfg in cells]
+        rewards = [[row["reward"] for row in run[1:]] for run in runs]
+        row = {"variant": Path(cells[0].out).name.replace(",", " ").rpartition(" ")[0]}
+        row["before"] = [run[0]["accuracy"] for run in runs]
+        row["end"] = [run[-1]["accuracy"] for run in runs]
+        row["mean reward"] = [fmean(run) for run in rewards]
+        table.append(row)
+        pairs = zip(row["mean reward"], table[0]["mean reward"], strict=True)  # of one start
+        row["less the first's"] = [a - b for a, b in pairs]
+        row["KL"] = [run[-1]["kl"] for run in runs]
+        row["cpu s"] = [float(Path(cfg.out, "cpu_seconds").read_text()) for cfg in cells]
+        curves.append([round(fmean(x), 3) for x in zip(*rewards, strict=True)])
     print_table(table)
     if args.chart:  # a picture that GitHub draws; it has no legend
-        print(f'```mermaid\nxychart-beta\n    x-axis "iteration" 1 --> {len(lines[0])}')
+        print(f'```mermaid\nxychart-beta\n    x-axis "iteration" 1 --> {len(curves[0])}')
         print('    y-axis "reward, mean of the seeds" 0 --> 1')
-        print("\n".join(f"    line {line}" for line in lines) + "\n```")
+        print("\n".join(f"    line {curve}" for curve in curves) + "\n```")
 
 
 DIFFICULTIES = {"hard": 0.10, "medium": 0.40, "easy": 0.68}  # base success, as in the paper
@@ -1995,8 +1970,7 @@ def success(model, tokenizer, problems, n, seed, step):
 
 
 def solve(start, variant, problem, seed):
-    """Trains on one problem until 0.95 of 64 fresh answers are right.
-    -> rounds, or None if it is not solved"""
+    """Trains on one problem until 0.95 of 64 fresh answers are right. -> rounds, ROUNDS at most"""
     result = Path(start, f"{variant} {problem['problem']} {seed}".replace(" ", ","))
     if result.exists():
         return json.loads(result.read_text())
@@ -2004,15 +1978,13 @@ def solve(start, variant, problem, seed):
     cfg = config_of(f"{variant} prompts=1 warmup=2 half-life=0", *words)
     model, tokenizer = rm.load_model(cfg)
     run = rm.Run(cfg, model, [])
-    solved = None
     for step in range(1, ROUNDS + 1):
         fresh = rm.collect(run, tokenizer, [problem] * cfg.rollouts, cfg, step)
         rm.learn(run, fresh, cfg, step)
         if success(model, tokenizer, [problem], 64, seed, step)[0] >= 0.95:
-            solved = step
             break
-    result.write_text(json.dumps(solved))
-    return solved
+    result.write_text(json.dumps(step))
+    return step
 
 
 def one_prompt(args, out, seeds):
@@ -2025,49 +1997,46 @@ def one_prompt(args, out, seeds):
         run_cell(rm.Config(steps=0, out=start))
     torch.set_num_threads(1)
     model, tokenizer = rm.load_model(rm.Config(model=f"{start}/model"))
-    problems, _ = rm.load_problems(rm.Config())
-    found = success(model, tokenizer, problems[:300], 128, 0, 0)
+    problems = rm.load_problems(rm.Config())[0][:300]
+    shares = success(model, tokenizer, problems, 128, 0, 0)
     chosen = []
     for name, level in DIFFICULTIES.items():
-        nearest = sorted((abs(share - level), i) for i, share in enumerate(found))[:3]
+        nearest = sorted((abs(share - level), i) for i, share in enumerate(shares))[:3]
         chosen += [problems[i] for _, i in nearest]
         base = success(model, tokenizer, chosen[-3:], 256, 0, 0)
         print(f"base success, {name}: {', '.join(f'{share:.2f}' for share in base)}")
     print()
     methods = args.only or [GRPO_1, GRPO, *(f"algo=reval updates={k}" for k in (1, 2, 4, 8))]
-    variants = {(m, f): f"{m} lr={f * 3e-4:g}" for m in methods for f in args.lr_factors}
-    cases = list(itertools.product(chosen, seeds))
-    calls = [(start, variant, *case) for variant in variants.values() for case in cases]
-    rounds = in_processes(solve, calls, args.jobs)
-    results = {}  # rounds to success, by method and rate, problem after problem
-    for i, key in enumerate(variants):
-        results[key] = rounds[i * len(cases) : (i + 1) * len(cases)]
-    third = len(cases) // 3
+    results = {}  # by method and factor of the learning rate: rounds, problem after problem
+    for method, factor in itertools.product(methods, args.lr_factors):
+        variant = f"{method} lr={factor * 3e-4:g}"
+        calls = [(start, variant, *case) for case in itertools.product(chosen, seeds)]
+        results[method, factor] = in_processes(solve, calls, args.jobs)
+    n = 3 * len(seeds)
     for choice in [*args.lr_factors, "best"]:
         table = []
-        means = []  # rounds, for each method and difficulty
         for method in methods:
             factor = choice
             if choice == "best":
-                totals = {f: sum(n or ROUNDS for n in results[method, f]) for f in args.lr_factors}
+                totals = {f: sum(results[method, f]) for f in args.lr_factors}
                 factor = min(totals, key=totals.get)
-            row = {"variant": variants[method, factor]}
-            row["not solved"] = results[method, factor].count(None)
-            counted = [n or ROUNDS for n in results[method, factor]]
-            parts = [counted[:third], counted[third:-third], counted[-third:]]
-            row |= {f"rounds, {name}": x for name, x in zip(DIFFICULTIES, parts, strict=True)}
-            means.append([fmean(part) for part in parts])
+            rounds = results[method, factor]
+            row = {"variant": f"{method} lr={factor * 3e-4:g}", "not solved": rounds.count(ROUNDS)}
+            for i, name in enumerate(DIFFICULTIES):
+                row[f"rounds, {name}"] = rounds[i * n : (i + 1) * n]
             table.append(row)
-        for row, own in zip(table, means, strict=True):
-            for method, base in zip(methods[:2], means[:2], strict=True):
-                ratios = [f"{a / b:.1f}" for a, b in zip(base, own, strict=True)]
-                row[f"speed-up over {method}"] = ", ".join(ratios)
+        for row, (base, method) in itertools.product(table, zip(table[:2], methods, strict=False)):
+            ratios = [
+                fmean(base[f"rounds, {x}"]) / fmean(row[f"rounds, {x}"]) for x in DIFFICULTIES
+            ]
+            row[f"speed-up over {method}"] = ", ".join(f"{ratio:.1f}" for ratio in ratios)
         print_table(table)
 
 
 # ---- Evidence: python test_reval_min.py bench ----------------------------------------------------
 
 DEVICE = "cuda" if rm.ON_GPU else "cpu"
+FORMS = {"plain": rm.plain_q_and_v, "fused": rm.q_from_logits}
 
 
 def measure(work):
@@ -2086,17 +2055,9 @@ def measure(work):
     return time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def log_pi(form, hidden, weight, actions):
-    if form == "plain":
-        q, v = rm.plain_q_and_v(hidden, weight, actions)
-    else:
-        q, v = rm.q_from_logits(hidden, weight, actions, block=form)
-    return q - v
-
-
 def bench_q(form, N, D, A=151_936):
-    """Q and V, forward and backward: "plain", "products", or a block size of q_from_logits.
-    -> best of 3 seconds, peak bytes beside operands and gradients, error of log pi"""
+    """Q and V of N states, forward and backward. -> a row: best of 3 seconds, peak memory beside
+    operands and gradients, error of log pi in nats"""
     torch.manual_seed(0)
     how = {"device": DEVICE, "dtype": torch.bfloat16 if rm.ON_GPU else torch.float32}
     hidden = torch.randn(N, D, **how).requires_grad_()
@@ -2105,34 +2066,26 @@ def bench_q(form, N, D, A=151_936):
 
     def work():
         hidden.grad = weight.grad = None
-        if form != "products":
-            return log_pi(form, hidden, weight, actions).sum().backward()
-        with torch.no_grad():  # no form can avoid these three
-            logits = hidden @ weight.T
-            hidden.grad = logits @ weight
-            weight.grad = logits.T @ hidden
+        q, v = FORMS[form](hidden, weight, actions)
+        (q - v).sum().backward()
 
     _, before = measure(lambda: hidden @ weight[:9].T)  # cuBLAS takes its workspace
     seconds, peaks = zip(*(measure(work) for _ in range(3)), strict=True)
-    gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
-    error = "-"
-    if form != "products":
-        exact = log_pi("plain", hidden[:64].double(), weight.double(), actions[:64])
-        error = (log_pi(form, hidden[:64], weight, actions[:64]) - exact).abs().max().item()
-    return min(seconds), max(peaks) - before - gradients, error
+    extra = max(peaks) - before - (hidden.nbytes + weight.nbytes)
+    few = hidden[:64], weight, actions[:64]
+    q, v = FORMS[form](*few)
+    exact_q, exact_v = rm.plain_q_and_v(hidden[:64].double(), weight.double(), actions[:64])
+    error = (q - v - exact_q + exact_v).abs().max().item()
+    row = {"form": form, "N": N, "D": D, "s": min(seconds), "extra MB": extra / 1e6}
+    return row | {"error": error}
 
 
 def bench(args):
-    """q_from_logits, each form in a process of its own: seconds and memory."""
+    """q_from_logits and the plain form, each in a process of its own."""
     name = torch.cuda.get_device_name() if rm.ON_GPU else "CPU, 1 thread"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n")
     N, D = (16384, 1536) if rm.ON_GPU else (2048, 896)
-    table = []
-    for form in ("plain", "products", 4096):
-        [(seconds, extra, error)] = in_processes(bench_q, [(form, N, D)])
-        row = {"form, or block": form, "s": seconds, "extra MB": extra / 1e6, "error": error}
-        table.append({"N": N, "D": D} | row)
-    print_table(table)
+    print_table([in_processes(bench_q, [(form, N, D)])[0] for form in FORMS])
 
 
 # ---- Evidence: torchrun --nproc_per_node 2 test_reval_min.py trl ---------------------------------
@@ -2215,9 +2168,9 @@ def test_the_trainer_of_the_readme(ranks, tmp_path):
 
 def test_bench_runs():
     """Its parts, in small."""
-    for form in ("plain", "products", 64):
-        seconds, _, error = bench_q(form, 32, 8, 300)
-        assert seconds > 0 and (error == "-" or error < 0.1)
+    for form in FORMS:
+        row = bench_q(form, 32, 8, 300)
+        assert row["s"] > 0 and row["error"] < 0.1
 
 
 def test_studies_run(tmp_path, monkeypatch, capsys):
@@ -2251,20 +2204,16 @@ def test_changes_of_the_studies():
     assert loss.item() == pytest.approx(
         (0.1 / 2 * (log_ratio - reward / 0.1).square().mean()).item()
     )
-    batch = [{"reward": r} for r in (1.0, 0.0, 0.0, 0.0, 1.0, 1.0)]
-    leave_one_out(batch, rm.Config(rollouts=3))
-    assert [t["signal"].item() for t in batch] == pytest.approx(
-        [1, -1 / 2, -1 / 2, -1, 1 / 2, 1 / 2]
-    )
+    batch = [{"reward": 1.0}]
     no_reward(batch, rm.Config())
-    assert not any(t["signal"] for t in batch)
+    assert batch[0]["signal"] == 0
 
 
 def test_one_prompt_cell(start, monkeypatch):
     """It ends when the problem is solved or the rounds are over."""
     monkeypatch.setattr(sys.modules[__name__], "ROUNDS", 2)
     problem = {"problem": "12+34+56=?", "answer": "102"}
-    assert solve(start, "algo=reval updates=2", problem, 0) is None
+    assert solve(start, "algo=reval updates=2", problem, 0) == 2
     monkeypatch.setattr(rm, "is_correct", lambda text, gold: text.endswith("}"))
     assert solve(start, "algo=grpo updates=1", problem, 0) == 1
 
