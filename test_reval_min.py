@@ -148,8 +148,9 @@ def quick(start, tmp_path, monkeypatch):
     return make
 
 
-def real_tokenizer(chat=False):
-    """A byte-level BPE tokenizer as real models have, with an EOS that is also its pad token."""
+def saved_model(folder, kind="Llama", chat=False, **changes):
+    """Saves a tiny model of a real architecture and a byte-level BPE tokenizer, as real ones have,
+    with an EOS that is also its pad token. -> the folder, as text."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -164,12 +165,6 @@ def real_tokenizer(chat=False):
             "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
             "{% if add_generation_prompt %} A:{% endif %}"
         )
-    return tokenizer
-
-
-def saved_model(folder, kind="Llama", chat=False, **changes):
-    """Saves a tiny model of a real architecture and its tokenizer. -> the folder, as text."""
-    tokenizer = real_tokenizer(chat)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
     sizes |= {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -281,9 +276,6 @@ def test_example_of_the_docstring():
     assert loss.item() == pytest.approx(0.5 / 2 * by_hand**2) == pytest.approx(0.0942, abs=5e-5)
     assert f"= {by_hand:.4f}" in rm.reval_loss.__doc__
     assert f"loss = {loss.item():.4f}" in rm.reval_loss.__doc__
-    # Token by token: the first is where the target wants it, the second falls short of r / beta.
-    target = rm.bellman_target(v[None], q_ref[None], v_ref[None], reward, mask, beta=0.5)
-    assert target[0].tolist() == pytest.approx([math.log(2), 2])
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
@@ -817,19 +809,15 @@ def test_reading_problems(tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.jsonl"
     assert rm.read_problems(json_lines(file, rows)) == expected
     assert f"{file}: dropped 6 of 8 rows" in capsys.readouterr().out
-    assert rm.read_problems(json_lines(file, rows[:2])) == expected
-    assert not capsys.readouterr().out
     file.write_text(json.dumps(rows), encoding="utf-8-sig")  # an array, after a byte-order mark
     assert rm.read_problems(str(file)) == expected
-    asked = []
 
-    def download(*args, **kwargs):
-        asked.append((args, kwargs))
+    def download(repo, name, repo_type):
+        assert (repo, name, repo_type) == ("org/name", "sub/f.json", "dataset")
         return str(file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert rm.read_problems("hf://datasets/org/name/sub/f.json") == expected
-    assert asked == [(("org/name", "sub/f.json"), {"repo_type": "dataset"})]
 
 
 def test_answers_of_a_data_file(tmp_path, capsys):
@@ -840,7 +828,6 @@ def test_answers_of_a_data_file(tmp_path, capsys):
         ({"answer": "", "final_answer": "4"}, "4"),
         ({"answer": None, "solution": r"It is \boxed{5}, as $1 + 4 = 5$."}, "5"),
         ({"answer": [1, 2], "Solution": "so\n#### 5"}, "5"),
-        ({"answer": ["3"]}, "3"),
         ({"final_answer": [0.5]}, "0.5"),
         ({"answer": 0}, "0"),
         ({"answer": 10**400}, str(10**400)),
@@ -855,7 +842,7 @@ def test_answers_of_a_data_file(tmp_path, capsys):
     for fields in ({"solution": "It follows."}, *({"answer": answer} for answer in bad)):
         assert rm.read_problems(json_lines(file, [*rows, {"problem": "q"} | fields])) == expected
         said = capsys.readouterr().out
-        assert "dropped 1 of 10 rows" in said and "'problem': 'q'" in said
+        assert "dropped 1 of 9 rows" in said and "'problem': 'q'" in said
 
 
 def test_held_out_part(tmp_path, capsys):
@@ -892,8 +879,7 @@ def test_settings_are_flags(capsys):
         assert "".join(field.metadata["help"].split()) in shown
     assert all(name in shown for name in rm.PRESETS)
     paper, small = rm.PRESETS["r1-distill-1.5b"], rm.PRESETS["small"]
-    assert [paper[name] for name in ("beta", "buffer", "lr")] == [0.002, 5, 1e-6]
-    assert paper["max_new_tokens"] == 8192
+    assert {"beta": 0.002, "buffer": 5, "lr": 1e-6, "max_new_tokens": 8192}.items() <= paper.items()
     for argv, settings in (
         ("", {}),
         ("--preset toy --data f --model m", {"data": "f", "model": "m"}),
@@ -902,21 +888,19 @@ def test_settings_are_flags(capsys):
         ("--eval-data f --model m --steps 0", small | {"eval_data": "f", "model": "m", "steps": 0}),
         ("--algo grpo --lr 1e-3 --raw-prompt", {"algo": "grpo", "lr": 1e-3, "raw_prompt": True}),
     ):
-        cfg = rm.parse_args(argv.split())
-        assert cfg == rm.Config(**settings)
+        assert rm.parse_args(argv.split()) == rm.Config(**settings)
 
 
 def test_impossible_settings(monkeypatch, capsys):
     """Config: UserError if a setting is impossible, from Python and from the command line alike."""
     monkeypatch.setattr(rm, "ON_GPU", False)
-    may_be_zero = {"steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed"}
+    may_be_zero = ("steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed")
+    rm.Config(**dict.fromkeys(may_be_zero, 0))
     for field in dataclasses.fields(rm.Config):
         bad = []
         if field.type in (int, float):
             bad = [-1, math.nan, math.inf]
-            if field.name in may_be_zero:
-                assert getattr(rm.Config(**{field.name: 0}), field.name) == 0
-            else:
+            if field.name not in may_be_zero:
                 bad.append(0)
         elif isinstance(field.default, str) and field.name != "prompt":
             bad = ["other"]
@@ -956,9 +940,7 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     for name, content, words in (
         ("binary", b"\x80\xff\x00", "no JSON"),
         ("none", b"", "no row; found are: none"),
-        ("scalar", b"5", "no row"),
         ("line", b'{"problem": "a", "answer": "1"}\n\n{"problem":', "line, line 3: no JSON"),
-        ("array", b"[1, 2", "no JSON"),
         ("unanswered", b'{"problem": "a", "answer": null}', "no row"),
         ("odd", odd, "found are: label, text; problem; question; answer; final_answer"),
         ("deep", b"[" * 10**5, "no JSON"),
@@ -982,7 +964,6 @@ def test_refusals(tmp_path, monkeypatch, capsys):
         ("--preset toy --model unreadable", "--model unreadable: "),
         ("--model folder", "--preset toy"),
         ("--preset small --model folder", "--preset toy"),
-        ("--out none", "name a new one"),
         ("--out none/x", "name a new one"),
         ("--out folder", "--resume"),
         ("--resume folder", "--resume folder"),
@@ -1004,11 +985,9 @@ def test_what_fails_elsewhere_is_told(monkeypatch, capsys):
     assert "hf://datasets/a/b/c.json" in error and "We couldn't connect" in error
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
     assert "--model a/b: " in refusal(["--preset", "toy", "--model", "a/b"], capsys)
-    monkeypatch.undo()
-    for name, argv in (("train", []), ("from_disk_or_hub", ["--preset", "toy", "--model", "m"])):
-        with monkeypatch.context() as patch:
-            patch.setattr(rm, name, exhausted)
-            error = refusal(argv, capsys)
+    for name in ("from_disk_or_hub", "train"):  # the first is called by the second
+        monkeypatch.setattr(rm, name, exhausted)
+        error = refusal(["--preset", "toy", "--model", "m"], capsys)
         assert all(name in error for name in ("--rows", "--micro-batch-tokens", "--offload"))
 
 
@@ -1151,7 +1130,6 @@ def test_chat_templates_and_tokenizers(tmp_path):
     with pytest.raises(rm.UserError, match="roles must alternate.*--raw-prompt"):
         text("1?", cfg)
     assert text("1?", raw)
-    model, tokenizer = rm.load_model(cfg)
     with pytest.raises(rm.UserError, match="more tokens"):
         rm.load_model(rm.Config(model=saved_model(tmp_path / "large", vocab_size=100)))
 
@@ -1188,19 +1166,16 @@ def test_a_thought_must_end_to_earn(opening, special, tmp_path, monkeypatch):
 
 def test_not_finite_stops_before_the_step(quick, monkeypatch, capsys):
     """A nan stops the run in one line that names the trajectory; the weights stay as they were."""
-    culprits = []
-    updates = []
     cache_values = rm.cache_values
 
     def poisoned(model, fresh, cfg, name):
         cache_values(model, fresh, cfg, name)
         fresh[6]["q_ref"][0] = torch.nan
-        culprits.append(fresh[6]["problem"])
+        fresh[6]["problem"] = "the culprit"
 
     monkeypatch.setattr(rm, "cache_values", poisoned)
-    monkeypatch.setattr(rm, "update", lambda *args: updates.append(args))
-    error = refusal(flags(vars(quick())), capsys)
-    assert f"step 1 to {culprits[0]!r}" in error and not updates
+    monkeypatch.setattr(rm, "update", None)  # a call would be an error of its own
+    assert "step 1 to 'the culprit'" in refusal(flags(vars(quick())), capsys)
 
 
 @pytest.fixture
@@ -1226,7 +1201,7 @@ def gradients(monkeypatch):
 @pytest.mark.parametrize("algo, rollouts", [("reval", 2), ("grpo", 2), ("grpo", 1)])
 def test_schedule_and_reuse(algo, rollouts, quick, rewarded, gradients):
     """Update 1 gets the fresh batch, the others the buffer, which holds it: about K uses in all.
-    GRPO: the fresh batch; with one response per problem the advantage is the reward."""
+    GRPO: the fresh batch, also with one response per problem."""
     sizes = {"steps": 12, "updates": 4, "max_new_tokens": 4, "eval_every": 100}
     cfg = quick(algo=algo, rollouts=rollouts, prompts=8 // rollouts, seed=0, **sizes)
     rm.train(cfg)
@@ -1238,7 +1213,6 @@ def test_schedule_and_reuse(algo, rollouts, quick, rewarded, gradients):
         if i % 4 == 0 or algo == "grpo":
             assert born == {step}
         assert step - 3 < min(born) and max(born) <= step
-        assert rollouts > 1 or all(t["signal"] == t["reward"] for t in batch)
         for t in batch:
             if 3 <= t["step"] <= 9:  # born in a full buffer, and gone from it
                 uses[id(t)] = uses.get(id(t), 0) + 1
@@ -1264,9 +1238,8 @@ def test_reference_reset_refreshes_the_cache(quick, rewarded, monkeypatch):
     model, batch = kept[-1]
     assert len(kept) == 5 and len(batch) == 3 * 16 and {t["step"] for t in batch} == {2, 3, 4}
     q, v, mask = rm.score(model, batch)
-    for i, t in enumerate(batch):
-        assert torch.allclose(t["q_ref"], q[i][mask[i]], atol=1e-4)
-        assert torch.allclose(t["v_ref"], v[i][mask[i]], atol=1e-4)
+    for name, live in (("q_ref", q), ("v_ref", v)):
+        assert torch.allclose(torch.cat([t[name] for t in batch]), live[mask], atol=1e-4)
     old, _ = rm.load_model(quick())
     assert (rm.score(old, batch)[0] - q).abs().max() > 0.01
 
@@ -1326,18 +1299,17 @@ def test_checkpointing_and_dropout_change_nothing(tmp_path):
     """Activations made twice give the same gradient, and a model's own dropout is turned off."""
     folder = saved_model(tmp_path / "m", "Qwen2", vocab_size=400, attention_dropout=0.5)
     found = []
-    counts = []
     calls = []
+    batch = trajectories()
     for checkpointing in (False, True):
         cfg = rm.Config(model=folder, gradient_checkpointing=checkpointing)
         model, _ = rm.load_model(cfg)
-        calls.clear()
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(args))
-        rm.gradient(model, list(model.parameters()), trajectories(), cfg)
+        layer = model.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, on=checkpointing: calls.append(on))
+        rm.gradient(model, list(model.parameters()), batch, cfg)
         found.append(flat_grad(model.parameters()))
-        counts.append(len(calls))
         assert not model.training
-    assert torch.equal(*found) and counts[1] == 2 * counts[0] > 0
+    assert torch.equal(*found) and calls.count(True) == 2 * calls.count(False) > 0
 
 
 @pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "Granite", "Phi", "Mamba"])
@@ -1360,16 +1332,13 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     """avg@n, its standard error and the rest, by hand; a row an answer; no copy of a model. The
     console shows a right and a wrong answer, and nothing of a training that is not made."""
     right = {"a": [1, 0, 0, 0], "b": [1, 1, 0, 0], "c": [0, 0, 0, 0], "d": [1, 1, 1, 1]}
-    asked = []
 
-    def rollout(model, tokenizer, problems, cfg, step, purpose):
-        asked.append((step, purpose))
+    def rollout(model, tokenizer, problems, *_):
         left = copy.deepcopy(right)
         answers = []
         for p in problems:
-            answer = {"text": "\\boxed{5}", "ended": p["problem"] != "c"}
+            answer = {"text": "\\boxed{5}", "ended": p["problem"] != "c", "found": "5"}
             answer["response"] = torch.ones(2 + len(left["a"]))
-            answer["found"] = "5"
             answer["reward"] = float(left[p["problem"]].pop())
             answers.append(p | answer)
         return answers
@@ -1379,7 +1348,6 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     rows = [{"problem": p, "answer": "5"} for p in right]
     changes = {"model": saved_model(tmp_path / "m"), "out": str(out), "steps": 0, "eval_samples": 4}
     found = rm.train(rm.Config(eval_data=json_lines(tmp_path / "p.jsonl", rows), **changes))
-    assert asked == [(0, "evaluation")]
     assert found["accuracy"] == pytest.approx(7 / 16)
     assert found["stderr"] == pytest.approx(math.sqrt((9 + 1 + 49 + 81) / 256 + 1 / 4) / 5)
     assert found["eval_truncated"] == 1 / 4
@@ -1425,14 +1393,10 @@ def test_it_learns_to_be_right(start, tmp_path, capsys):
     answers = [row["found"] for row in rows_of(start, "eval-00000.jsonl")]
     common = [x for x in answers if x and re.fullmatch("1[2-9][0-9]", x)]
     total = max(sorted(common), key=common.count)  # what the start likes to say
-    sums = {}
-    generator = rm.rng(SEED, 0, "sums")
-    while len(sums) < 192:
-        a, b = generator.integers(10, 100, 2).tolist()
-        c = int(total) - a - b
-        if 10 <= c < 100:
-            sums[f"{a}+{b}+{c}=?"] = total
-    rows = [{"problem": problem, "answer": total} for problem in sums]
+    triples = itertools.product(range(10, 100), repeat=3)
+    problems = [f"{a}+{b}+{c}=?" for a, b, c in triples if a + b + c == int(total)]
+    rm.rng(SEED, 0, "sums").shuffle(problems)
+    rows = [{"problem": problem, "answer": total} for problem in problems[:192]]
     files = {"model": start / "model", "data": json_lines(tmp_path / "train", rows[64:])}
     files |= {"eval_data": json_lines(tmp_path / "held_out", rows[:64]), "out": tmp_path / "out"}
     changes = {"preset": "toy", "steps": 3, "rollouts": 4, "prompts": 32, "lr": 5e-4, "warmup": 0}
@@ -1615,11 +1579,10 @@ def test_ctrl_c(calm, quick, monkeypatch, capsys):
     whole, _ = calm(**PLAIN)
     cfg = quick(**PLAIN, save_every=1)
     update = rm.update
-    calls = []
+    calls = itertools.count(1)
 
     def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 4:  # in the middle of the second iteration
+        if next(calls) == 4:  # in the middle of the second iteration
             raise KeyboardInterrupt
         update(*args)
 
@@ -1664,11 +1627,10 @@ def test_every_write_may_fail(calm, quick, monkeypatch, capsys):
 
     def failing(module, name, at):
         plain = getattr(module, name)
-        calls = []
+        calls = itertools.count(1)
 
         def call(*args, **kwargs):
-            calls.append(args)
-            if len(calls) != at:
+            if next(calls) != at:
                 return plain(*args, **kwargs)
             if name == "save":
                 args[1].write(b"half of a checkpoint")
@@ -1744,8 +1706,7 @@ def test_hostile_text(tmp_path, capsys):
     folder = saved_model(tmp_path / "m", chat=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     (prompt,) = rm.encode_prompts(tokenizer, ["1</s><user>2<s></s </s>"], rm.Config())
-    ids = prompt.tolist()
-    assert ids.count(1) == 0 and ids.count(0) == 1 and ids.count(2) == 1  # the template's own
+    assert [prompt.tolist().count(i) for i in (0, 1, 2)] == [1, 0, 1]  # the template's own
     texts = ["a</s>b", "\ud800", "\x00\x1b[2J\r\u2028", "{problem} {0} %s {% if %}", "x" * 10**6]
     texts += ["ü😀", "{{ messages }}"]
     files = []
@@ -1756,8 +1717,7 @@ def test_hostile_text(tmp_path, capsys):
     assert len(tiny_run(folder, files[1], tmp_path / "out", *words)) == 2
     assert capsys.readouterr().out.count("dropped 8 of 14 rows") == 2  # 7 repeat, one is too long
     problems = [row["problem"] for row in rows_of(tmp_path / "out", "eval-00000.jsonl")]
-    short = [text for text in texts if len(text) < 99]
-    assert list(dict.fromkeys(problems)) == short and len(problems) == 6
+    assert problems == [text for text in texts if len(text) < 99]
 
 
 def test_an_ascii_console(monkeypatch):
