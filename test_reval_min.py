@@ -1834,9 +1834,9 @@ GRPO, GRPO_1 = "algo=grpo updates=8", "algo=grpo updates=1"
 TBRM = "algo=tbrm updates=8"
 LOG = f"{REVAL} buffer=30"
 STUDIES = {
-    "replay": [f"algo=reval updates={k}" for k in (2, 4, 8)]
-    + [f"algo=reval updates={k} buffer=1" for k in (1, 2, 4, 8)]
-    + [f"algo=grpo updates={k}" for k in (1, 2, 4, 8)],
+    "replay": [f"algo=reval updates={k}" for k in (8, 4, 2)]
+    + [f"algo=reval updates={k} buffer=1" for k in (8, 4, 2, 1)]
+    + [f"algo=grpo updates={k}" for k in (8, 4, 2, 1)],
     "calibration": [REVAL, TBRM, f"{REVAL} no-v", f"{REVAL} no-reward", f"{TBRM} no-reward"],
     "settings": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.2))]
     + [f"{REVAL} buffer={n}" for n in (1, 30)]
