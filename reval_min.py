@@ -38,6 +38,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, get_args, get_origin
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,9 @@ from tqdm import tqdm
 
 # ==================================================================================================
 # PART I: THE METHOD
-# Nothing but torch, and numpy for random draws. Three words: a *response* is what the model writes
-# after a prompt, up to its end-of-sequence token (EOS); to sample one is a *rollout*; a prompt, its
-# response and its reward are a *trajectory*.
+# Torch alone, and numpy for random draws. A *response* is what the model writes after a prompt, up
+# to its end-of-sequence token (EOS); to sample one is a *rollout*; a prompt, its response and its
+# reward are a *trajectory*.
 # ==================================================================================================
 
 # ---- 1. Q and V ----------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def progress(what, items=None, total=None):
 
 def with_bar(parts, what):
     """Goes through parts of responses, with a bar that counts the responses."""
-    with progress(what, total=sum(len(part) for part in parts)) as bar:
+    with progress(what, total=sum(map(len, parts))) as bar:
         for part in parts:
             yield part
             bar.update(len(part))
@@ -364,13 +365,10 @@ def read_rows(path):
     where = path
     try:
         if path.startswith("hf://datasets/"):
-            from huggingface_hub import hf_hub_download
-
-            owner, _, rest = path.removeprefix("hf://datasets/").partition("/")
-            name, _, file = rest.partition("/")
-            if not file:
+            hub = re.fullmatch("hf://datasets/([^/]+/[^/]+)/(.+)", path)
+            if not hub:
                 raise ValueError("a file is missing: hf://datasets/ORG/NAME/FILE")
-            path = hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
+            path = huggingface_hub.hf_hub_download(hub[1], hub[2], repo_type="dataset")
         if path.lower().endswith((".gz", ".zip", ".parquet", ".csv")):
             raise ValueError("another kind of file; pandas' to_json(.., lines=True) makes one")
         text = Path(path).read_text(encoding="utf-8-sig")  # with a byte-order mark or without
@@ -393,7 +391,7 @@ def find_answer(row):
         value = row.get(key)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+        if type(value) in (int, float) and abs(value) < math.inf:
             value = str(value)
         if not isinstance(value, str):
             continue  # several answers, an object, true or NaN: nothing to compare with
@@ -447,20 +445,21 @@ def load_problems(cfg):
         print(f"{cfg.eval_data}: {cfg.eval_problems} of {len(held_out)} (--eval-problems)")
         generator.shuffle(held_out)  # a file may be sorted
         held_out = held_out[: cfg.eval_problems]
-    if cfg.eval_data and cfg.steps == 0 and not cfg.resume:
+    if cfg.eval_data and cfg.steps == 0:
         return [], held_out
     if not cfg.data:
         problems = [make_problem(generator, held_out=False) for _ in range(10_000)]
-        if not held_out:
-            held_out = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
+        held_out = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
         return problems, held_out
     evaluated = {p["problem"] for p in held_out}
     problems = [p for p in read_problems(cfg.data) if p["problem"] not in evaluated]
     generator.shuffle(problems)
-    n = 0 if held_out else min(cfg.eval_problems, max(1, len(problems) // 10))
-    if n >= len(problems):
+    if not held_out:
+        n = min(cfg.eval_problems, max(1, len(problems) // 10))
+        held_out, problems = problems[:n], problems[n:]
+    if not problems:
         raise UserError(f"{cfg.data}: no problem is left to train on beside those held out")
-    return problems[n:], held_out or problems[:n]
+    return problems, held_out
 
 
 # ---- 6. The answer checker -----------------------------------------------------------------------
@@ -691,31 +690,29 @@ def number(text):
     try:
         value = parse(tokens)
         known = value != 0 or isinstance(value, Fraction)  # "0 or" is 0 times letters, no number
-        usable = known and not tokens and math.isfinite(value)
+        return value if known and not tokens and math.isfinite(value) else None
     except (ValueError, TypeError, IndexError, ArithmeticError, RecursionError):
         return None
-    return value if usable else None
 
 
 NO_UNIT = (  # words that change the number before them
     # Number words: 5 trillion, 3 quarters, 5 hundredths.
     r"(?i:(?:half|halve|third|quarter|fif|eigh|nin|twelf|ten|hundred|thousand|mil|[a-z]+illion"
     r"|score|lakh|crore|dozen|zero|one|two|three|four|five|six|seven|eight|nine"
-    r"|eleven|twelve|[a-z]+teen|[a-z]+ty|infinity|infinite|infinitely)(?:th)?s?"
+    r"|eleven|twelve|[a-z]+teen|[a-z]+ty|infinite|infinitely)(?:th)?s?"
     # Functions and operations: 4 sin x, 6 factorial, 2 root two.
-    r"|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt)[x-z]?|pi|theta|alpha|beta|dx|abc|xyz"
+    r"|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt)[x-z]?|theta|alpha|beta|abc|xyz"
     r"|factorial|choose|mod|modulo|squared|cubed|roots?|power|base|remainder|prime|inverse"
-    r"|plus|minus|negative|times|divided|over|by|out|point"
+    r"|plus|minus|negative|times|divided|over|out|point"
     # Limits: 7 at most, 6 below zero.
-    r"|at|least|most|more|less|fewer|greater|larger|smaller|maximum|minimum|max|above|below|under"
-    r"|beyond|between|up|from|to|than|about|approx[a-z]*|around|roughly|nearly|almost"
+    r"|least|most|more|less|fewer|greater|larger|smaller|maximum|minimum|max|above|below|under"
+    r"|beyond|between|from|than|about|approx[a-z]*|around|roughly|nearly|almost"
     # Doubts and denials: 5 maybe, 8 otherwise, 3 is wrong.
     r"|maybe|perhaps|prob[a-z]+|possibl[ey]|likely|unknown|undefined|uncertain|unsure|guess|think"
     r"|otherwise|else|any|unless|except|given|depend[a-z]*|ish|can|could|may|might|will|would"
-    r"|should|do|does|and|or|not|no|none|nor|but|if|when|where|is|are|was|were|be"
-    r"|wrong|incorrect|false)\b"
+    r"|should|does|and|not|none|nor|but|when|where|are|was|were|wrong|incorrect|false)\b"
 )
-# A unit is any other word, or a common symbol.
+# A unit is any other word of three letters or more, or a common symbol.
 UNIT_WORD = (
     rf"(?!{NO_UNIT})(?:[A-Za-z][a-z]{{2,}}|[kcdm]m|[km]g|m[lL]|ft|in|hr|lb|oz|yd|mi|of|an|a"
     r"|(?<=[ /])[mgshLN])\.?"
@@ -890,12 +887,6 @@ def make_model(seed):
     return transformers.AutoModelForCausalLM.from_config(config), tokenizer
 
 
-def enable_checkpointing(model):
-    """Makes activations twice instead of keeping them, under transformers' new name or old one."""
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-
-
 def from_disk_or_hub(cfg):
     """The model and tokenizer that --model names."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
@@ -904,10 +895,11 @@ def from_disk_or_hub(cfg):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # what learns must be what samples
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        cfg.model, config=config, dtype=getattr(torch, cfg.dtype)
+        cfg.model, config=config, dtype=cfg.dtype
     )
     if cfg.gradient_checkpointing:
-        enable_checkpointing(model)
+        old = model.gradient_checkpointing_enable  # its older name
+        getattr(model, "activation_checkpointing_enable", old)()
     return model.to(cfg.device), tokenizer
 
 
@@ -956,7 +948,7 @@ def load_model(cfg):
         here = "that folder" if Path(cfg.model).is_dir() else "no such folder; as a name on the hub"
         reason = f"no causal LM and its tokenizer that can be used ({first_line(error)})"
         raise UserError(f"--model {cfg.model}: {here}: {reason}") from error
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def encode_prompts(tokenizer, problems, cfg):
@@ -967,7 +959,7 @@ def encode_prompts(tokenizer, problems, cfg):
     end the turn. The template brings its own BOS. Without a template the tokenizer adds its special
     tokens; an EOS at the end is removed, as nothing may follow it.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    special = tokenizer.get_added_vocab()  # by name
     raw = cfg.raw_prompt or tokenizer.chat_template is None
     texts = []
     for problem in problems:
@@ -978,9 +970,8 @@ def encode_prompts(tokenizer, problems, cfg):
         texts.append(cfg.prompt.replace("{problem}", problem))
     if not raw:
         chats = [[{"role": "user", "content": text}] for text in texts]
-        how = {"tokenize": False, "add_generation_prompt": True}
         try:
-            texts = tokenizer.apply_chat_template(chats, **how)
+            texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and raises what it likes
             reason = f"the chat template fails ({first_line(error)}); give --raw-prompt"
             raise UserError(reason) from error
@@ -1009,9 +1000,8 @@ def score(model, batch):
     """
     device = model.device
     actions = pad([t["response"] for t in batch], device)  # [B, T]
-    response_lengths = torch.tensor([len(t["response"]) for t in batch], device=device)  # [B]
+    mask = pad([torch.ones_like(t["response"]) for t in batch], device).bool()  # [B, T]
     prompt_lengths = torch.tensor([len(t["prompt"]) for t in batch], device=device)  # [B]
-    mask = torch.arange(actions.shape[1], device=device) < response_lengths[:, None]  # [B, T]
     # The padding is on the right, where a causal model's earlier tokens do not see it: it needs no
     # attention mask. The last token is left out, for nothing follows it.
     tokens = pad([torch.cat([t["prompt"], t["response"]])[:-1] for t in batch], device)  # [B, L]
@@ -1021,7 +1011,7 @@ def score(model, batch):
     states = hidden[row, prompt_lengths[row] - 1 + h]  # [N, D]
     head = model.get_output_embeddings().weight  # [A, D]
     q, v = q_from_logits(states, head, actions[mask])  # [N], [N]
-    zeros = torch.zeros(mask.shape, dtype=q.dtype, device=device)  # [B, T]
+    zeros = torch.zeros_like(mask, dtype=q.dtype)  # [B, T]
     return zeros.masked_scatter(mask, q), zeros.masked_scatter(mask, v), mask
 
 
@@ -1043,8 +1033,7 @@ def cache_values(model, trajectories, cfg, name):
     at every reuse, so they are computed once: by the live model's function, or equal models would
     not cancel to zero. GRPO also needs those of the policy that sampled."""
     for part in with_bar(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
-        q, v, mask = score(model, part)  # [B, T] each
-        q, v, mask = q.cpu(), v.cpu(), mask.cpu()
+        q, v, mask = (x.cpu() for x in score(model, part))  # [B, T] each
         for i, t in enumerate(part):
             t[f"q_{name}"] = q[i][mask[i]]  # [T]
             t[f"v_{name}"] = v[i][mask[i]]  # [T]
@@ -1134,30 +1123,25 @@ def sample(model, prompts, ends, cfg, seed, what="sampling"):
     return responses
 
 
-def open_thought(prompt, problem):
-    """What the template has opened and not closed behind the problem: "<think>" or nothing."""
-    tail = prompt.rpartition(problem)[2]
-    return "<think>" if tail.rfind("<think>") > tail.rfind("</think>") else ""
-
-
 def rollout(model, tokenizer, problems, cfg, step, purpose):
     """Samples one response to each problem. -> trajectories, plain dicts: problem, answer, prompt
     [P], response [T] (int64, EOS included), text, ended (by itself?), found (the answer in it),
     reward (0 or 1), step."""
-    texts = list({p["problem"]: None for p in problems})  # several responses share their prompt
-    known = dict(zip(texts, encode_prompts(tokenizer, texts, cfg), strict=True))
-    thoughts = {text: open_thought(tokenizer.decode(known[text]), text) for text in texts}
-    prompts = [known[p["problem"]] for p in problems]
+    prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
     ends = end_tokens(model, tokenizer)
     seed = int(rng(cfg.seed, step, purpose).integers(2**62))
-    what = f"{purpose}: {len(texts)} problems x {len(problems) // len(texts)}"
+    n = len({p["problem"] for p in problems})
+    what = f"{purpose}: {n} problems x {len(problems) // n}"
     responses = sample(model, prompts, ends, cfg, seed, what)
     trajectories = []
     for p, prompt, response in zip(problems, prompts, responses, strict=True):
         ended = response[-1].item() in ends
         # Special tokens are kept in the text: a model may mark its thought by them.
         text = tokenizer.decode(response[:-1] if ended else response)
-        whole = thoughts[p["problem"]] + text
+        # The template may have opened a thought behind the problem.
+        tail = tokenizer.decode(prompt).rpartition(p["problem"])[2]
+        opened = tail.rfind("<think>") > tail.rfind("</think>")
+        whole = "<think>" + text if opened else text
         trajectories.append(
             {
                 **p,
@@ -1177,7 +1161,7 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
 def check_lengths(model, tokenizer, problems, cfg):
     """UserError if the model cannot read the longest text; else tells what its cache may take."""
     prompts = encode_prompts(tokenizer, [p["problem"] for p in problems], cfg)
-    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
+    longest = max(map(len, prompts)) + cfg.max_new_tokens
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest > limit:
         raise UserError(
@@ -1264,11 +1248,10 @@ class Config:
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 choices = ", ".join(get_args(field.type))
                 raise UserError(f"{flag(field.name)} {value}: choose from {choices}")
-            if field.type not in (int, float):
-                continue
+            zero_too = field.name in MAY_BE_ZERO
             usable = isinstance(value, (int, float)) and 0 <= value < math.inf
-            if not usable or (value == 0 and field.name not in MAY_BE_ZERO):
-                limit = "of at least 0" if field.name in MAY_BE_ZERO else "above 0"
+            if field.type in (int, float) and not (usable and (value > 0 or zero_too)):
+                limit = "of at least 0" if zero_too else "above 0"
                 raise UserError(f"{flag(field.name)} {value}: give a number {limit}")
         there = {"cpu": True, "cuda": ON_GPU, "mps": torch.backends.mps.is_available()}
         if not there[self.device]:
@@ -1339,7 +1322,7 @@ def parse_args(argv):
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--preset", choices=list(PRESETS), help="none: small with --data or --eval-data, else toy"
+        "--preset", choices=PRESETS, help="none: small with --data or --eval-data, else toy"
     )
 
     def refuse(message):
@@ -1349,21 +1332,16 @@ def parse_args(argv):
     given = parser.parse_args(argv)
     if given.resume and given.preset:
         refuse("--preset: a resumed run has its settings; change single ones")
-    if given.preset == "small" and not given.model:
-        refuse("--preset small: give a --model and --data")
-    fed = given.data or given.eval_data or given.resume
-    if given.model and not fed and given.preset in (None, "small"):
-        refuse("--model: give --data as well, or --preset toy if it is to learn sums")
+    fed = given.data or given.eval_data
+    preset = given.preset or ("small" if given.model or fed else "toy")
     if given.resume:
         defaults = saved_settings(given.resume)
-    elif given.preset:
-        defaults = PRESETS[given.preset]
+    elif preset == "small" and not fed:
+        refuse("--model and --data: give both, or --preset toy if a model is to learn sums")
     else:
-        defaults = PRESETS["small" if given.data or given.eval_data else "toy"]
+        defaults = PRESETS[preset]
     parser.set_defaults(**defaults)
-    settings = vars(parser.parse_args(argv))
-    del settings["preset"]
-    return Config(**settings)
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 
 def saved_settings(folder):
@@ -1375,7 +1353,7 @@ def saved_settings(folder):
         raise UserError(
             f"--resume {folder}: no run of this version of the program ({error})"
         ) from error
-    return settings | {"out": str(folder)}
+    return settings | {"out": folder}
 
 
 # ---- 9. One update -------------------------------------------------------------------------------
@@ -1391,11 +1369,12 @@ def add_signals(trajectories, cfg):
     trainer that the paper used (mean 0, standard deviation 1).
     """
     reward = torch.tensor([t["reward"] for t in trajectories]).view(-1, cfg.rollouts)  # [P, R]
+    centered = reward - reward.mean(1, keepdim=True)  # [P, R]
     signal = reward  # [P, R]
-    if cfg.reward == "centered" or (cfg.algo == "grpo" and cfg.rollouts > 1):
-        signal = reward - reward.mean(1, keepdim=True)  # [P, R]
     if cfg.algo == "grpo" and cfg.rollouts > 1:
-        signal = signal / (reward.std(1, keepdim=True) + 1e-6)  # [P, R]
+        signal = centered / (reward.std(1, keepdim=True) + 1e-6)  # [P, R]
+    elif cfg.reward == "centered":
+        signal = centered  # [P, R]
     for t, value in zip(trajectories, signal.flatten(), strict=True):
         t["signal"] = value
 
@@ -1510,12 +1489,6 @@ def write_rows(path, rows):
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def write_config(out, cfg):
-    """Writes config.json, from which --resume takes the settings."""
-    text = json.dumps(dataclasses.asdict(cfg), indent=1)
-    atomic_write(out / "config.json", lambda file: file.write(text.encode()))
-
-
 def open_run(cfg):
     """Makes the folder of a new run, never one that exists, and puts its name into cfg.out."""
     name = cfg.out or f"runs/{'model' if cfg.model else 'toy'}-{cfg.algo}-s{cfg.seed}"
@@ -1552,7 +1525,7 @@ class Run:
         self.buffer = ReplayBuffer(cfg.buffer * cfg.prompts * cfg.rollouts, cfg.seed)
         self.history = []  # a row of figures for each step, from 0 on
         fixed = repr((problems, cfg.algo, cfg.reward))  # may not change on the way
-        self.fingerprint = zlib.crc32(fixed.encode("utf-8", "replace"))
+        self.fingerprint = zlib.crc32(fixed.encode())
 
     def save(self, out):
         """Writes out/checkpoint.pt."""
@@ -1572,10 +1545,10 @@ class Run:
         than steps; nothing in it is ever executed."""
         try:
             state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-            if state["fingerprint"] != self.fingerprint:
-                raise ValueError("its problems, --algo or --reward have changed; begin a new run")
             if len(state["history"]) > steps + 1:
                 raise ValueError(f"it is at step {len(state['history']) - 1}; give more --steps")
+            if state["fingerprint"] != self.fingerprint:
+                raise ValueError("its problems, --algo or --reward have changed; begin a new run")
             parameters = zip(self.model.parameters(), self.masters, state["masters"], strict=True)
             with torch.no_grad():
                 for weight, master, saved in parameters:
@@ -1604,7 +1577,6 @@ def print_samples(answers):
     cut = fmean(not row["ended"] for row in answers)
     if cut > 0.5:
         print(f"warning: {cut:.0%} of the responses were cut, for nothing; raise --max-new-tokens")
-    sys.stdout.flush()
 
 
 def evaluate(model, tokenizer, problems, cfg, step, out):
@@ -1722,12 +1694,13 @@ def train(cfg):
     if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
         print(f"distilled: {cfg.distill_steps} steps, {time.time() - start:.0f} s", flush=True)
-    write_config(out, cfg)
-    if cfg.steps == 0 and not cfg.resume:  # nothing is to be learnt
+    settings = json.dumps(vars(cfg), indent=1)  # for --resume
+    atomic_write(out / "config.json", lambda file: file.write(settings.encode()))
+    if cfg.steps == 0:  # nothing is to be learnt
         figures = evaluate(model, tokenizer, held_out, cfg, 0, out)
         if not cfg.model:
             save_model(model, tokenizer, out)
-        return figures | {"seconds": time.time() - start, "out": str(out)}
+        return figures | {"seconds": time.time() - start, "out": cfg.out}
 
     print(" ".join(key.rjust(8) for key in COLUMNS), flush=True)
     if cfg.resume:
@@ -1789,7 +1762,7 @@ def train(cfg):
         "stderr": last["stderr"],
         "rollouts": last["rollouts"],
         "seconds": time.time() - start,
-        "out": str(out),
+        "out": cfg.out,
     }
 
 
