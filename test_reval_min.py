@@ -1848,8 +1848,8 @@ STUDIES = {
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO, GRPO_1)]
     + [REVAL, GRPO, GRPO_1],
     "off-policy": [LOG, f"{LOG} log", f"{LOG} other-log", f"{GRPO} buffer=30 log"],
-    "real": ["algo=reval updates=2", "algo=reval updates=1 buffer=1 lr=2e-5"]
-    + ["algo=grpo updates=1", "algo=grpo updates=2 lr=2e-5"],
+    "real": ["algo=reval updates=2", "algo=reval updates=2 lr=2e-5", "algo=grpo updates=2"]
+    + ["algo=grpo updates=2 lr=2e-5", "algo=reval updates=1 buffer=1 lr=2e-5", GRPO_1],
 }
 # The first 320 responses of README's example, with the model and the problems that it has made.
 REAL = ["--preset=small", "--model=smollm2", "--data=larger.jsonl", "--steps=10", "--rollouts=4"]
