@@ -697,7 +697,6 @@ POLICY = [
     ("=12345678901234567", "12345678901234568", False), ("=45.000001", "45", False),
     ("=1 2", "12", False), ("=(1, 234)", "1,234", False), ("=4210_7", "42107", False),
     ("=1, 234", "1234", False), (r"=\frac{12}5\sin x", r"\frac{12}{5} \sin x", True),
-    ("=**12**", "12", True),
     # A sum or product of numerals is still to be worked out.
     ("=71+82+39", "192", False), (r"=12\cdot34", "408", False), ("=10-2 cm", "8 cm", False),
     ("=8", "5+3", True), ("=1+2*sqrt(3)", r"1+2\sqrt{3}", True), ("=3+5", "5+3", True),
@@ -713,7 +712,7 @@ POLICY = [
     (r"=5\phi", "5φ", True), (r"=\rho", "p", False), (r"=4\cos 3 t", r"4 \cos 3t", True),
     (r"=\frac{1}{R C s+2}", r"\frac1{RCs+2}", True), (r"=\sin x", r"\cos x", False),
     ("=__import__('os')", "0", False), ("=AB", "BA", False), ("=no", "on", False),
-    ("=x₁", "x_1", True), ("=Paris!", "Paris", True),
+    ("=x₁", "x_1", True), ("=Paris!", "Paris", True), ("=**12**", "12", True),
     # Units, percent, currency: free to be left out, not to differ.
     (r"=10\text{ cm}", "10", True), ("=5 kg", "5 g", False), ("=5 minutes", "5 hours", False),
     (r"=7\pi\text{ cm}^2", r"7\pi", True), (r"=5\sqrt{3} \text{ miles}", r"5\sqrt3", True),
@@ -740,15 +739,14 @@ POLICY = [
     (r"=\begin{pmatrix}1&2&3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", False),
     (r"=\(\begin{pmatrix}5\\[4pt]8\\\end{pmatrix}\)", r"\begin{pmatrix}5\\8\end{pmatrix}", True),
     ("=x > 5", "5 < x", True), ("=x < 5", "x > 5", False), ("=1<x\\le 2", "(1,2]", True),
-    ("=5>x>1", "1<x<5", True), ("=1<x<5", "(1,5)", True), (r"=1\le x<5", "[1,5)", True),
-    (r"=1\le x\le5", "[1,5]", True),
+    ("=5>x>1", "1<x<5", True), (r"=1\le x\le5", "[1,5]", True), (r"=1\le x<5", "[1,5)", True),
     (r"=t\ne 7", "t != 7", True), ("=t ≠ 7", "t = 7", False), (r"=\varnothing", "∅", True),
-    (r"=\{n \mid n<3\}", r"\{n|n<3\}", True), (r"=\pm 6", "6, -6", True),
+    (r"=\{n \mid n<3\}", r"\{n|n<3\}", True), (r"=\pm 6", "6, -6", True), ("=1<x<5", "(1,5)", True),
     # Multiple choice: one letter, and at most its text.
     ("=(C)", "C", True), (r"=\text{(B) } 12", "B", True), ("=c", "C", True),
     ("=D", "(D) Alina", True), ("=(B) and (E)", "B", False), ("=(D) is false", "D", False),
     ("=A. 1 B. 2 C. 3", "A", False), ("=(C)/(D)", "C", False), ("=(E), (F)", "E", False),
-    ("=Carbon", "C", False), ("=A or B", "A", False),
+    ("=Carbon", "C", False), ("=A or B", "A", False), ("=(B) 12+34", "B", True),
 ]
 # fmt: on
 
@@ -1906,21 +1904,24 @@ def study(args):
     if args.name != "real":
         starts = [[rm.Config(steps=0, seed=seed, out=f"{out}/start{seed}")] for seed in seeds]
         in_processes(run_cell, starts, args.jobs)
+    groups = []  # the runs of a row of the table, one a seed
+    for variant, factor in itertools.product(args.only or STUDIES[args.name], args.lr_factors):
+        groups.append([(cell(args, variant, factor, seed), variant) for seed in seeds])
+    in_processes(run_cell, groups[0], args.jobs)  # others may need them
+    in_processes(run_cell, sum(groups[1:], []), args.jobs)
     table = []
     curves = []
-    for variant, factor in itertools.product(args.only or STUDIES[args.name], args.lr_factors):
-        cells = [cell(args, variant, factor, seed) for seed in seeds]
-        in_processes(run_cell, [(cfg, variant) for cfg in cells], args.jobs)
-        runs = [rows_of(cfg.out) for cfg in cells]
+    for group in groups:
+        runs = [rows_of(cfg.out) for cfg, _ in group]
         rewards = [[row["reward"] for row in run[1:]] for run in runs]
-        row = {"variant": Path(cells[0].out).name.replace(",", " ").rpartition(" ")[0]}
+        row = {"variant": Path(group[0][0].out).name.replace(",", " ").rpartition(" ")[0]}
         row["end"] = [run[-1]["accuracy"] for run in runs]
         row["mean reward"] = [fmean(run) for run in rewards]
         table.append(row)
         pairs = zip(row["mean reward"], table[0]["mean reward"], strict=True)  # of one start
         row["less the first's"] = [a - b for a, b in pairs]
         row["KL"] = [run[-1]["kl"] for run in runs]
-        row["cpu s"] = [float(Path(cfg.out, "cpu_seconds").read_text()) for cfg in cells]
+        row["cpu s"] = [float(Path(cfg.out, "cpu_seconds").read_text()) for cfg, _ in group]
         curves.append([round(fmean(x), 2) for x in zip(*rewards, strict=True)])
     print_table(table)
     if args.chart:  # a picture that GitHub draws; it has no legend
@@ -1980,12 +1981,12 @@ def one_prompt(args, out, seeds):
     cases = list(itertools.product(chosen, seeds))
     table = []
     for method in args.only or [GRPO_1, GRPO, *(f"algo=reval updates={k}" for k in (1, 2, 4, 8))]:
-        tried = {}  # total of the rounds: the variant and its rounds, case by case
+        tried = []  # total of the rounds, variant, and the rounds, case by case
         for factor in args.lr_factors:
             variant = f"{method} lr={factor * 3e-4:g}"
             rounds = in_processes(solve, [(start, variant, *case) for case in cases], args.jobs)
-            tried[sum(rounds)] = variant, rounds
-        variant, rounds = tried[min(tried)]
+            tried.append((sum(rounds), variant, rounds))
+        _, variant, rounds = min(tried)
         row = {"variant": variant, f"{ROUNDS} rounds": rounds.count(ROUNDS)}
         for i, name in enumerate(DIFFICULTIES):
             row[name] = rounds[i * len(cases) // 3 : (i + 1) * len(cases) // 3]
@@ -2037,8 +2038,8 @@ def bench_q(form, N, D, A=151_936):
     q, v = form(hidden[:64], weight, actions[:64])
     exact_q, exact_v = rm.plain_q_and_v(hidden[:64].double(), weight.double(), actions[:64])
     error = (q - v - exact_q + exact_v).abs().max().item()
-    row = {"form": form.__name__, "N": N, "D": D, "s": min(seconds), "extra MB": extra / 1e6}
-    return row | {"error": error}
+    size = {"form": form.__name__, "N": N, "D": D}
+    return size | {"s": min(seconds), "extra MB": extra / 1e6, "error": error}
 
 
 def bench(args):
@@ -2163,9 +2164,8 @@ def test_changes_of_the_studies():
     q, v, q_ref, v_ref, reward, mask = values()
     loss, _ = no_v(q, v, q_ref, v_ref, reward, mask, 0.1)
     log_ratio = (q - v - q_ref + v_ref).masked_fill(~mask, 0).sum(1)
-    assert loss.item() == pytest.approx(
-        (0.1 / 2 * (log_ratio - reward / 0.1).square().mean()).item()
-    )
+    expected = 0.1 / 2 * (log_ratio - reward / 0.1).square().mean()
+    assert loss.item() == pytest.approx(expected.item())
     batch = [{"reward": 1.0}]
     no_reward(batch, rm.Config())
     assert batch[0]["signal"] == 0
