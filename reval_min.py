@@ -310,7 +310,7 @@ class Config:
     max_new_tokens: int = 28  # longest response
     rows: int = 256  # most responses sampled side by side
     micro_batch_tokens: int = 16384  # most tokens of one forward and backward
-    device: Literal["cpu", "cuda", "mps"] = "cpu"  # where it all happens; mps is untested
+    device: str = "cpu"  # where it all happens: cpu, cuda, or, untested, mps
     # Evaluation
     eval_every: int = 10  # iterations between evaluations
     eval_problems: int = 1024  # most held-out problems
@@ -461,7 +461,7 @@ def collect(run, tokenizer, problems, cfg, step):
 
 def learn(run, fresh, cfg, step):
     """The K updates of an iteration, from the fresh batch and then the buffer (GRPO: from the fresh
-    batch again). -> the figures of the first, which is on-policy; grad_norm is the mean of all."""
+    batch again). -> the figures of the first, which is on-policy."""
     rise = min(1.0, step / max(1, cfg.warmup))
     decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1.0
     run.optimizer.param_groups[0]["lr"] = cfg.lr * rise * decay
@@ -473,7 +473,7 @@ def learn(run, fresh, cfg, step):
             batch = run.buffer.sample(len(fresh), rng(cfg.seed, draw, "replay"))
         figures.append(gradient(run.model, run.masters, batch, cfg))
         update(run.model, run.masters, run.optimizer)
-    return figures[0] | {"grad_norm": fmean(f["grad_norm"] for f in figures)}
+    return figures[0]
 
 
 def train(cfg):
@@ -490,7 +490,7 @@ def train(cfg):
         torch.set_num_threads(1)  # for so small a model a second thread is only one to wait for
     if not cfg.model and not cfg.resume:
         distill(model, tokenizer, cfg)
-    if cfg.steps == 0 and not cfg.resume:  # nothing is to be learnt
+    if not (cfg.steps or cfg.resume):  # nothing is to be learnt
         return evaluate(model, tokenizer, held_out, cfg, 0) | {"out": cfg.out}
     run = Run(cfg, model, (problems, held_out))  # reference, optimizer, buffer, history
     write(cfg, "config.json", [vars(cfg)])  # for --resume
@@ -533,9 +533,14 @@ def train(cfg):
         if done or step % cfg.save_every == 0:
             run.save(cfg)
 
-    figures = {"accuracy_before": run.history[0]["accuracy"], "accuracy_after": row["accuracy"]}
-    figures |= {"stderr": row["stderr"], "rollouts": row["rollouts"]}
-    return figures | {"seconds": time.time() - start, "out": cfg.out}
+    return {
+        "accuracy_before": run.history[0]["accuracy"],
+        "accuracy_after": row["accuracy"],
+        "stderr": row["stderr"],
+        "rollouts": row["rollouts"],
+        "seconds": time.time() - start,
+        "out": cfg.out,
+    }
 
 
 # ==================================================================================================
@@ -560,22 +565,30 @@ def make_model(seed):
         tokenizer_object=raw, pad_token=words[0], bos_token="<bos>", eos_token="<eos>"
     )
     torch.manual_seed(int(rng(seed, 0, "weights").integers(2**62)))
-    size = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     config = transformers.Qwen2Config(
         vocab_size=len(words),
-        pad_token_id=0,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
         initializer_range=0.1,  # 0.02, the default, suits wide models
-        **size,
+        pad_token_id=0,
     )
     return transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer
 
 
 def end_tokens(model, tokenizer):
-    """The ids that end a response, as a set: the tokenizer's EOS, and those the model names."""
+    """The ids that end a response, as a set: the tokenizer's EOS, those that the model names, and
+    what the chat template writes after an answer. Only special or added tokens can be one."""
     named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return {*named, tokenizer.eos_token_id} - {None}
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    with contextlib.suppress(Exception):  # no template, or one that encode_prompts will refuse
+        tail = tokenizer.apply_chat_template(chat, tokenize=False).partition("ANSWER")[2]
+        ends.update(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    return ends & set(tokenizer.get_added_vocab().values())
 
 
 def load_model(cfg):
@@ -588,7 +601,11 @@ def load_model(cfg):
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
         on_gpu = cfg.device == "cuda"
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        model = transformers.AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.model, dtype=dtype, output_loading_info=True
+        )
+        if info["missing_keys"]:  # they would be made at random
+            raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         model.to(cfg.device)
         check_logits(model)
         if not end_tokens(model, tokenizer):
@@ -601,14 +618,21 @@ def load_model(cfg):
 
 
 def check_logits(model):
-    """ValueError if the logits are not those that q_from_logits would compute."""
-    tokens = torch.arange(8, device=model.device)[None]  # [1, 8]
-    hidden = model.base_model(input_ids=tokens).last_hidden_state  # [1, 8, D]
-    expected = hidden @ model.get_output_embeddings().weight.T  # [1, 8, A]
-    if not torch.allclose(model(input_ids=tokens).logits, expected, rtol=0.02, atol=0.02):
-        raise ValueError("a bias, scale or soft cap comes between hidden @ lm_head.T and logits")
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    """ValueError if the logits are not those of q_from_logits, or cannot be had by a cache."""
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(f"its {name} changes the logits")
+    if model.get_output_embeddings().bias is not None:
+        raise ValueError("its LM head has a bias")
+    caches = {"cache", "past_key_values"} & inspect.signature(model.forward).parameters.keys()
+    if not caches or not hasattr(config, "num_attention_heads"):
         raise ValueError("it has no cache of keys and values")
+    tokens = torch.arange(8, device=model.device)  # [8]
+    _, v, _ = score(model, [{"prompt": tokens[:7], "response": tokens[7:]}])  # [1, 1]
+    logits = model(input_ids=tokens[None, :7]).logits[0, -1].float()  # [A]
+    if not (logits.logsumexp(0) - v).abs() < 0.1:  # nan is not
+        raise ValueError("its logits are not hidden @ lm_head.T")
 
 
 def encode_prompts(tokenizer, problems, cfg):
@@ -638,10 +662,16 @@ def encode_prompts(tokenizer, problems, cfg):
 
 
 def check_prompts(model, tokenizer, problems, cfg):
-    """UserError if the model cannot read the longest prompt with its response."""
+    """Shows a prompt, and what ends a response. UserError if the longest are too long to read."""
     prompts = encode_prompts(tokenizer, problems, cfg)
+    ends = end_tokens(model, tokenizer)
+    print(f"prompt: {tokenizer.decode(prompts[0])!r}, ended by: {tokenizer.decode(list(ends))!r}")
     longest = max(map(len, prompts)) + cfg.max_new_tokens
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    settings = str(model.config.get_text_config().to_dict())
+    # Beyond their original length, the rotations of these depend on the longest text of a batch.
+    original = "original_|" if re.search("longrope|'dynamic'", settings) else ""
+    name = f"(?:{original})(?:max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length)"
+    limit = min(map(int, re.findall(rf"'{name}': (\d+)", settings)), default=math.inf)
     if longest > limit:
         raise UserError(f"{longest} tokens, but the model reads {limit}; lower --max-new-tokens")
 
@@ -695,6 +725,7 @@ def sample(model, prompts, ends, cfg, seed):
     Shapes: B responses that go on, L tokens in the longest text so far.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
+    renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
     responses = [[] for _ in prompts]
     for start in tqdm(range(0, len(prompts), cfg.rows), "sampling", disable=None, leave=False):
         active = responses[start : start + cfg.rows]
@@ -707,8 +738,11 @@ def sample(model, prompts, ends, cfg, seed):
         cache = transformers.DynamicCache(config=model.config)
         for _ in range(cfg.max_new_tokens):
             read = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-            logits = model(**read, past_key_values=cache, logits_to_keep=1).logits[:, -1]  # [B, A]
+            read["cache" if renamed else "past_key_values"] = cache
+            logits = model(**read, logits_to_keep=1).logits[:, -1]  # [B, A]
             pi = logits.float().softmax(1)  # [B, A]
+            if not pi.isfinite().all():
+                raise UserError("the model's logits are not finite; lower --lr, or take another")
             tokens = torch.multinomial(pi, 1, generator=generator)  # [B, 1]
             for response, token in zip(active, tokens[:, 0].tolist()):
                 response.append(token)
@@ -735,12 +769,13 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
     trajectories = []
     for p, prompt, response in zip(problems, prompts, responses):
         t = p | {"prompt": prompt, "response": response, "length": len(response), "step": step}
-        t["ended"] = response[-1].item() in ends
+        t["ended"] = int(response[-1]) in ends
         # A template may open a thought. Special tokens stay in the text, as they may mark its end.
         thought = "<think>" if tokenizer.decode(prompt).rstrip().endswith("<think>") else ""
         t["text"] = thought + tokenizer.decode(response[:-1] if t["ended"] else response)
         t["found"] = extract_answer(t["text"])
-        t["reward"] = float(t["ended"] and is_correct(t["text"], p["answer"]))
+        known = response.max() < len(tokenizer)  # other ids decode to nothing
+        t["reward"] = float(t["ended"] and known and is_correct(t["text"], p["answer"]))
         trajectories.append(t)
     return trajectories
 
@@ -808,10 +843,10 @@ def find_answer(row):
         value = row.get(key)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        if isinstance(value, float):
+        if isinstance(value, float) and math.isfinite(value):
             value = f"{value:.15g}"  # 3.3000000000000003 is 3.3
         if type(value) not in (str, int):
-            continue  # several answers, an object, true: nothing to compare with
+            continue  # several answers, an object, true, NaN: nothing to compare with
         answer = str(value).rpartition("####")[2].strip()  # GSM8K: behind a solution
         if key == "solution":
             answer = extract_answer(str(value))
@@ -819,12 +854,20 @@ def find_answer(row):
             return answer
 
 
+# LaTeX in JSON with a single backslash: "\frac" is a form feed and "rac". It is meant where nothing
+# else can be, and before these names. Pairs, and quotation marks, are passed over.
+LATEX = r"(\\[\\\"])|\\(?=[^bfnrtu/]|[bf][a-z]|u(?![\da-fA-F]{4})|n(?:eq|abla)|r(?:ho|ight|angle)"
+LATEX += r"|t(?:heta|imes|ext|au|frac|riangle))"
+
+
 def read_problems(path):
     """A JSONL file, or one JSON array, of objects with a problem (or question) and an answer (or
     final_answer, or a solution that holds one), names in any case. -> a list of {"problem",
     "answer"}. Rows that will not do are left out, aloud; UserError if none is left."""
     with explained(f"{path}: no JSON lines, and no JSON array, that can be read"):
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        data = Path(path).read_bytes()
+        text = data.decode(json.detect_encoding(data)).strip()
+        text = re.sub(LATEX, lambda found: found[1] or r"\\", text)
         if not text.startswith("["):
             # JSON lines are an array without commas; read at once, an error tells its line.
             text = "[" + re.sub(r"\n(?=[ \t]*\S)", ",\n", text) + "]"
@@ -835,14 +878,15 @@ def read_problems(path):
         fields = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
         problem = fields.get("problem") or fields.get("question")
         answer = find_answer(fields)
-        if not isinstance(problem, str) or not problem.strip():
+        words = tuple(problem.split()) if isinstance(problem, str) else ()
+        if not words:
             left_out.append("no problem (or question)")
         elif not answer:
             left_out.append("no answer (or final_answer, or solution) to check")
-        elif problem in problems:  # it might be both trained on and held out
+        elif words in problems:  # it might be both trained on and held out
             left_out.append("a problem that was there")
         else:
-            problems[problem] = {"problem": problem, "answer": answer}
+            problems[words] = {"problem": problem, "answer": answer}
     reasons = ", ".join(f"{left_out.count(why)} with {why}" for why in dict.fromkeys(left_out))
     if not problems:
         raise UserError(f"{path}: no row can be used: {reasons or 'there is none'}")
@@ -866,10 +910,10 @@ def load_problems(cfg):
         held_out = read_problems(cfg.eval_data)
         generator.shuffle(held_out)  # a file may be sorted
     held_out = held_out[: cfg.eval_problems]
-    evaluated = {p["problem"] for p in held_out}
-    problems = [p for p in problems if p["problem"] not in evaluated]
-    if not problems and cfg.steps > 0:
-        raise UserError(f"--data {cfg.data}: no problem to train on beside those held out")
+    evaluated = {tuple(p["problem"].split()) for p in held_out}
+    problems = [p for p in problems if tuple(p["problem"].split()) not in evaluated]
+    if cfg.steps and not problems:
+        raise UserError(f"--data {cfg.data}: nothing is left to train on beside what is held out")
     return problems, held_out
 
 
@@ -1187,8 +1231,9 @@ def evaluate(model, tokenizer, problems, cfg, step):
     write(cfg, f"eval-{step:05}.jsonl", answers)
     order = sorted(answers, key=lambda t: t["reward"])
     for t in (order[-1], order[0]):
-        print(f"  {t['reward']:g}: {t['problem']!r:.300} -> {t['text'][-300:]!r}", end=" ")
-        print(f"(found {t['found']!r:.50}, wanted {t['answer']!r:.50})")
+        print(
+            f"  {t['reward']:g}: {t['problem']!r:.200} -> {t['text'][-200:]!r} (gold {t['answer']})"
+        )
     n = len(problems)
     shares = np.array([t["reward"] for t in answers]).reshape(n, -1).mean(1)
     stderr = math.sqrt(n * shares.var() + 1 / 4) / (n + 1)
@@ -1206,7 +1251,7 @@ def parse_args(argv):
         presets = "\n".join(map(": ".join, PRESETS.items()))
         return f"{source}\nEach is a flag, as in --max-new-tokens 28. --preset NAME:\n{presets}\n"
 
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error, parser.format_help = refuse, show
     for field in dataclasses.fields(Config):
         kind = {"type": type(field.default), "choices": get_args(field.type) or None}
@@ -1233,15 +1278,11 @@ def main(argv):
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
         return 0
     except KeyboardInterrupt:
-        message = f"if there is a checkpoint.pt, go on with --resume {cfg.out}"
-        print(f"reval_min: stopped; {message}", file=sys.stderr)
+        print(f"reval_min: stopped; once saved, it goes on by --resume {cfg.out}", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is too small; lower --rows or --micro-batch-tokens"
-    except UserError as error:
-        message = error
-    print(f"reval_min: error: {message}", file=sys.stderr)
-    return 2
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"reval_min: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
