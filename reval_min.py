@@ -864,7 +864,7 @@ def read_problems(path):
     """A JSONL file, or one JSON array, of objects with a problem (or question) and an answer (or
     final_answer, or a solution that holds one), names in any case. -> a list of {"problem",
     "answer"}. Rows that will not do are left out, aloud; UserError if none is left."""
-    with explained(f"{path}: no JSON lines, and no JSON array, that can be read"):
+    with explained(f"{path}: no JSON lines/array; pandas: to_json(F, orient='records', lines=1)"):
         data = Path(path).read_bytes()
         text = data.decode(json.detect_encoding(data)).strip()
         text = re.sub(LATEX, lambda found: found[1] or r"\\", text)
