@@ -670,7 +670,7 @@ def check_prompts(model, tokenizer, problems, cfg):
     settings = str(model.config.get_text_config().to_dict())
     # Beyond their original length, the rotations of these depend on the longest text of a batch.
     original = "original_|" if re.search("longrope|'dynamic'", settings) else ""
-    name = f"(?:{original})(?:max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length)"
+    name = rf"(?:{original})(?:max_position_embeddings|n_positions|n_ctx|max_seq\w*_len\w*)"
     limit = min(map(int, re.findall(rf"'{name}': (\d+)", settings)), default=math.inf)
     if longest > limit:
         raise UserError(f"{longest} tokens, but the model reads {limit}; lower --max-new-tokens")
@@ -856,8 +856,8 @@ def find_answer(row):
 
 # LaTeX in JSON with a single backslash: "\frac" is a form feed and "rac". It is meant where nothing
 # else can be, and before these names. Pairs, and quotation marks, are passed over.
-LATEX = r"(\\[\\\"])|\\(?=[^bfnrtu/]|[bf][a-z]|u(?![\da-fA-F]{4})|n(?:eq|abla)|r(?:ho|ight|angle)"
-LATEX += r"|t(?:heta|imes|ext|au|frac|riangle))"
+LATEX = r"(\\[\\\"])|\\(?=[^bfnrtu/]|b[a-z]|f(?:rac|box|orall|loor)|u(?![\da-fA-F]{4})|n(?:eq\b"
+LATEX += r"|abla)|r(?:ho\b|ight|angle)|t(?:heta|imes\b|ext(?:bf|it|rm)?\b|au\b|frac|riangle))"
 
 
 def read_problems(path):

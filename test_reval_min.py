@@ -653,10 +653,10 @@ def test_reading_problems(tmp_path, capsys):
     file.write_text(json.dumps(rows), encoding="utf-8-sig")  # an array, after a byte-order mark
     assert rm.read_problems(file) == expected
     # Single backslashes, one in three right; a copy but for white space; as PowerShell writes it.
-    text = r"""{"problem": "Is \theta \\in \sin?\nYes: \"\times\"", "answer": "\frac{1}{2}"}
-    {"problem": "Is \\theta  \\in \\sin? Yes: \"\\times\"", "answer": "3"}"""
+    text = r"""{"problem": "Is \theta \\in \sin?\nequal: \"\times\"", "answer": "\frac{1}{2}"}
+    {"problem": "Is \\theta  \\in \\sin? equal: \"\\times\"", "answer": "3"}"""
     file.write_bytes(text.encode("utf-16"))
-    problem = 'Is \\theta \\in \\sin?\nYes: "\\times"'
+    problem = 'Is \\theta \\in \\sin?\nequal: "\\times"'
     assert rm.read_problems(file) == [{"problem": problem, "answer": r"\frac{1}{2}"}]
 
 
