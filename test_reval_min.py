@@ -815,7 +815,8 @@ def test_chat_templates_and_tokenizers(tmp_path):
     )
     assert text("1?", raw) == "<s>Q: 1? {x}"
     assert text("1?", cfg) == "<s><user>Q: 1? {x} A:"
-    model = saved_and_loaded(tmp_path / "turns")
+    # A token more than the head has does no harm, as long as it does not occur.
+    model = saved_and_loaded(tmp_path / "turns", vocab_size=len(tokenizer) - 1)
     assert rm.end_tokens(model, tokenizer) == {1}
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <user>.{% endfor %}"
     assert rm.end_tokens(model, tokenizer) == {1, 2}  # EOS, and what the template ends a turn with
