@@ -355,20 +355,18 @@ PRESETS = {
 
 def add_signals(trajectories, cfg):
     """Writes into each trajectory the "signal" that its loss sees: the reward, or the reward minus
-    the mean of its group (the cfg.rollouts responses to one problem), or GRPO's advantage.
+    the mean of its group (the R responses to each of P problems), or GRPO's advantage.
 
     V(s_1) absorbs a constant, but not this mean, which holds the response itself: it shrinks the
     gap between right and wrong by 1/group; and in the buffer means of different ages meet. For one
     response per problem, GRPO's advantage is the reward, as in the trainer that the paper used."""
-    reward = torch.tensor([t["reward"] for t in trajectories]).view(
-        -1, cfg.rollouts
-    )  # [problems, rollouts]
-    centered = reward - reward.mean(1, keepdim=True)  # [problems, rollouts]
-    signal = reward  # [problems, rollouts]
+    reward = torch.tensor([t["reward"] for t in trajectories]).view(-1, cfg.rollouts)  # [P, R]
+    centered = reward - reward.mean(1, keepdim=True)  # [P, R]
+    signal = reward  # [P, R]
     if cfg.algo == "grpo" and cfg.rollouts > 1:
-        signal = centered / (reward.std(1, keepdim=True) + 1e-6)  # [problems, rollouts]
+        signal = centered / (reward.std(1, keepdim=True) + 1e-6)  # [P, R]
     elif cfg.reward == "centered":
-        signal = centered  # [problems, rollouts]
+        signal = centered  # [P, R]
     for t, value in zip(trajectories, signal.flatten()):
         t["signal"] = value
 
@@ -525,9 +523,7 @@ def train(cfg):
         write(cfg, "metrics.jsonl", run.history)
         print(*(f"{row[name]:8.4g}" if name in row else "       -" for name in columns), flush=True)
         if done:
-            with explained(
-                f"{cfg.out}/model: cannot be written; make room, and --resume {cfg.out}"
-            ):
+            with explained(f"{cfg.out}/model: not written; make room, and --resume {cfg.out}"):
                 model.save_pretrained(f"{cfg.out}/model")
                 tokenizer.save_pretrained(f"{cfg.out}/model")
         if done or step % cfg.save_every == 0:
