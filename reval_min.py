@@ -44,7 +44,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ==================================================================================================
@@ -166,8 +165,8 @@ def bellman_target(v, q_ref, v_ref, reward, mask, beta):
     v, q_ref, v_ref [B, T]; reward [B]; mask [B, T] bool: True on response tokens, which start in
     column 0 and have no gap, else ValueError. No value in the padding, not even nan, matters.
     """
-    if not (mask.any(1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
-        raise ValueError("mask: every row must start with a response token and have no gap")
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError("mask: in every row the response tokens come first, without a gap")
     last = mask & ~F.pad(mask[:, 1:], (0, 1))  # [B, T] is it the last token?
     outcome = torch.where(last, reward[:, None] / beta, 0)  # [B, T]
     # V_ref is taken from V first: for equal models the difference is exactly 0.
@@ -244,16 +243,13 @@ class ReplayBuffer:
         self.capacity = capacity
         self.items = []
 
-    def __len__(self):
-        return len(self.items)
-
     def add(self, items):
         """Appends items; beyond the capacity the oldest leave."""
         self.items = [*self.items, *items][-self.capacity :]
 
     def sample(self, n, generator):
-        """min(n, len) different items, by a numpy generator. Nothing is removed."""
-        return [self.items[i] for i in generator.permutation(len(self))[:n]]
+        """n different items, or all of fewer, by a numpy generator. Nothing is removed."""
+        return [self.items[i] for i in generator.permutation(len(self.items))[:n]]
 
 
 # ---- 4. One iteration ----------------------------------------------------------------------------
@@ -303,7 +299,6 @@ class Config:
     lr: float = 1.5e-4  # learning rate
     warmup: int = 5  # iterations over which the learning rate rises
     half_life: int = 15  # iterations in which it halves; 0: it stays
-    reward: Literal["raw", "centered"] = "raw"  # 0/1, or that less its group's mean
     ref_reset: int = 0  # iterations between resets of the reference; 0: none
     distill_steps: int = 1600  # steps of the tiny model's warm start
     # Size
@@ -327,10 +322,6 @@ class Config:
             zero = value == 0 and name in may_be_zero
             if type(value) in (int, float) and not (zero or 0 < value < math.inf):
                 raise UserError(f"{name} {value}: too small, or not finite")
-        if self.rollouts == 1 and self.reward == "centered":
-            raise UserError("--rollouts 1: a response is its own mean; take more, or --reward raw")
-        if not self.model and (self.data or self.eval_data or self.prompt != "{problem}"):
-            raise UserError("--data and --prompt need --model: the tiny one reads only sums")
         if "{problem}" not in self.prompt:
             raise UserError("--prompt: write {problem} where the problem goes")
 
@@ -354,19 +345,17 @@ PRESETS = {
 
 
 def add_signals(trajectories, cfg):
-    """Writes into each trajectory the "signal" that its loss sees: the reward, or the reward minus
-    the mean of its group (the R responses to each of P problems), or GRPO's advantage.
+    """Writes into each trajectory the "signal" that its loss sees: the reward, or GRPO's advantage,
+    from the R responses to each of P problems. For R = 1 it is the reward, as in the trainer that
+    the paper used.
 
-    V(s_1) absorbs a constant, but not this mean, which holds the response itself: it shrinks the
-    gap between right and wrong by 1/group; and in the buffer means of different ages meet. For one
-    response per problem, GRPO's advantage is the reward, as in the trainer that the paper used."""
-    reward = torch.tensor([t["reward"] for t in trajectories]).view(-1, cfg.rollouts)  # [P, R]
-    centered = reward - reward.mean(1, keepdim=True)  # [P, R]
-    signal = reward  # [P, R]
+    The paper's 7B run centers ReVal's reward too: it takes the mean of the group away. V(s_1)
+    absorbs a constant, but not this mean, which holds the response itself: it shrinks the gap
+    between right and wrong by 1/R; and in the buffer means of different ages meet."""
+    signal = torch.tensor([t["reward"] for t in trajectories]).view(-1, cfg.rollouts)  # [P, R]
     if cfg.algo == "grpo" and cfg.rollouts > 1:
-        signal = centered / (reward.std(1, keepdim=True) + 1e-6)  # [P, R]
-    elif cfg.reward == "centered":
-        signal = centered  # [P, R]
+        mean, std = signal.mean(1, keepdim=True), signal.std(1, keepdim=True)  # [P, 1] each
+        signal = (signal - mean) / (std + 1e-6)  # [P, R]
     for t, value in zip(trajectories, signal.flatten()):
         t["signal"] = value
 
@@ -401,7 +390,7 @@ def gradient(model, masters, batch, cfg):
         master.grad = torch.zeros_like(master)
     n_tokens = sum(len(t["response"]) for t in batch)
     loss_sum = kl_sum = square_sum = 0.0
-    for part in micro_batches(batch, cfg.micro_batch_tokens):
+    for part in progress(micro_batches(batch, cfg.micro_batch_tokens), "part"):
         q, v, mask = score(model, part)  # [B, T] each
         q_ref = pad([t["q_ref"] for t in part], q.device)  # [B, T]
         v_ref = pad([t["v_ref"] for t in part], q.device)  # [B, T]
@@ -464,7 +453,7 @@ def learn(run, fresh, cfg, step):
     decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1.0
     run.optimizer.param_groups[0]["lr"] = cfg.lr * rise * decay
     figures = []
-    for k in range(cfg.updates):
+    for k in progress(range(cfg.updates), "update"):
         batch = fresh
         if k > 0 and cfg.algo != "grpo":
             draw = (step - 1) * (cfg.updates - 1) + k  # the first of the run is number 1
@@ -476,7 +465,7 @@ def learn(run, fresh, cfg, step):
 
 def train(cfg):
     """Runs cfg from start to end. -> the figures that the command line prints last, as a dict."""
-    start = time.time()
+    begin = time.time()
     if not cfg.resume or cfg.out != cfg.resume:
         cfg.out = cfg.out or time.strftime("runs/%Y%m%d-%H%M%S")
         if Path(cfg.out).exists():
@@ -494,14 +483,20 @@ def train(cfg):
     write(cfg, "config.json", [vars(cfg)])  # for --resume
     columns = ["step", "rollouts", "reward", "accuracy", "residual", "kl", "length", "seconds"]
     print(*map("{:>8}".format, columns))
-    for step in range(len(run.history), cfg.steps + 1):
+
+    def show(row):
+        print(*(f"{row[name]:8.4g}" if name in row else "       -" for name in columns), flush=True)
+
+    for row in run.history[-1:]:  # --resume goes on after it
+        show(row)
+        begin -= row["seconds"]
+    for step in progress(range(len(run.history), cfg.steps + 1), "step"):
         row = {"step": step, "rollouts": step * cfg.prompts * cfg.rollouts}
         if step > 0:  # step 0 only evaluates
-            begin = time.time()
             # 1. Collect: a few problems, several responses to each by the live model.
-            n = len(problems)
-            chosen = rng(cfg.seed, step, "prompts").choice(n, cfg.prompts, replace=n < cfg.prompts)
-            asked = [problems[i] for i in chosen for _ in range(cfg.rollouts)]
+            again = len(problems) < cfg.prompts
+            chosen = rng(cfg.seed, step, "prompts").choice(problems, cfg.prompts, replace=again)
+            asked = [problem for problem in chosen for _ in range(cfg.rollouts)]
             fresh = collect(run, tokenizer, asked, cfg, step)
             for name in ("reward", "length", "ended"):
                 row[name] = fmean(t[name] for t in fresh)
@@ -513,15 +508,15 @@ def train(cfg):
             if cfg.ref_reset and step % cfg.ref_reset == 0:
                 run.reference.load_state_dict(model.state_dict())
                 cache_values(model, run.buffer.items, cfg, "ref")
-            row["seconds"] = time.time() - begin
 
         # 4. Evaluate, tell, keep: --resume goes on from here as if nothing had happened.
         done = step == cfg.steps
         if done or step % cfg.eval_every == 0:
             row |= evaluate(model, tokenizer, held_out, cfg, step)
+        row["seconds"] = time.time() - begin
         run.history.append(row)
         write(cfg, "metrics.jsonl", run.history)
-        print(*(f"{row[name]:8.4g}" if name in row else "       -" for name in columns), flush=True)
+        show(row)
         if done:
             with explained(f"{cfg.out}/model: not written; make room, and --resume {cfg.out}"):
                 model.save_pretrained(f"{cfg.out}/model")
@@ -529,14 +524,8 @@ def train(cfg):
         if done or step % cfg.save_every == 0:
             run.save(cfg)
 
-    return {
-        "accuracy_before": run.history[0]["accuracy"],
-        "accuracy_after": row["accuracy"],
-        "stderr": row["stderr"],
-        "rollouts": row["rollouts"],
-        "seconds": time.time() - start,
-        "out": cfg.out,
-    }
+    pictures = {name: sparkline(run.history[1:], name) for name in ("reward", "length")}
+    return row | pictures | {"out": cfg.out}
 
 
 # ==================================================================================================
@@ -551,14 +540,13 @@ def train(cfg):
 def make_model(seed):
     """A Qwen2 of 0.13M random weights and its tokenizer of 19 tokens."""
     # The first name is one that AutoTokenizer, when it loads a saved one, would add to any Qwen2's.
-    words = ["<|endoftext|>", "<bos>", "<eos>", *"0123456789+=?;", "\\boxed{", "}"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    words = ["<|endoftext|>", "<bos>", "<eos>", *WORDS]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     raw.decoder = decoders.Fuse()
     raw.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token=words[0], bos_token="<bos>", eos_token="<eos>"
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>"
     )
     torch.manual_seed(int(rng(seed, 0, "weights").integers(2**62)))
     config = transformers.Qwen2Config(
@@ -596,16 +584,19 @@ def load_model(cfg):
             return model.to(cfg.device), tokenizer
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
         on_gpu = cfg.device == "cuda"
-        dtype = torch.bfloat16 if on_gpu else torch.float32
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=dtype, output_loading_info=True
+            cfg.model, dtype=torch.bfloat16 if on_gpu else torch.float32, output_loading_info=True
         )
         if info["missing_keys"]:  # they would be made at random
             raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         model.to(cfg.device)
-        check_logits(model)
-        if not end_tokens(model, tokenizer):
-            raise ValueError("it names no end-of-sequence token")
+        if not hasattr(model.config.get_text_config(), "num_attention_heads"):
+            raise ValueError("it has no cache of keys and values")
+        tokens = torch.arange(8, device=model.device)  # [8]
+        _, v, _ = score(model, [{"prompt": tokens[:7], "response": tokens[7:]}])  # [1, 1]
+        logits = model(input_ids=tokens[None, :7]).logits[0, -1].float()  # [A]
+        if not (logits.logsumexp(0) - v).abs() < 0.1:  # there is a bias, a scale, a soft cap, a nan
+            raise ValueError("its logits are not hidden @ lm_head.T")
         for layer in model.modules():
             if on_gpu and isinstance(layer, GradientCheckpointingLayer):
                 again = torch.utils.checkpoint.checkpoint
@@ -613,61 +604,30 @@ def load_model(cfg):
     return model, tokenizer
 
 
-def check_logits(model):
-    """ValueError if the logits are not those of q_from_logits, or cannot be had by a cache."""
-    config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1):
-            raise ValueError(f"its {name} changes the logits")
-    if model.get_output_embeddings().bias is not None:
-        raise ValueError("its LM head has a bias")
-    caches = {"cache", "past_key_values"} & inspect.signature(model.forward).parameters.keys()
-    if not caches or not hasattr(config, "num_attention_heads"):
-        raise ValueError("it has no cache of keys and values")
-    tokens = torch.arange(8, device=model.device)  # [8]
-    _, v, _ = score(model, [{"prompt": tokens[:7], "response": tokens[7:]}])  # [1, 1]
-    logits = model(input_ids=tokens[None, :7]).logits[0, -1].float()  # [A]
-    if not (logits.logsumexp(0) - v).abs() < 0.1:  # nan is not
-        raise ValueError("its logits are not hidden @ lm_head.T")
-
-
 def encode_prompts(tokenizer, problems, cfg):
     """The prompts of problems: a list of 1-D int64 tensors, in the chat template if there is one.
-    What a problem says is text: a space breaks up the names of special tokens in it. The template
-    brings its own BOS. Without one the tokenizer adds its special tokens, but no EOS at the end.
-    UserError if a prompt has no token, or the template fails."""
+    The template brings its own BOS, without one the tokenizer adds its special tokens. UserError if
+    a prompt has no token, or the template fails."""
     raw = cfg.raw_prompt or tokenizer.chat_template is None
-    names = [re.escape(name) for name in tokenizer.get_added_vocab() if len(name.strip()) > 1]
-    special = re.compile(f"(?=({'|'.join(names) or '(?!)'})).")  # the first sign of a name
-    texts = []
-    for p in problems:
-        problem = special.sub(r"\g<0> ", p["problem"])
-        texts.append(cfg.prompt.replace("{problem}", problem))
-    with explained("the problems cannot be made prompts; change --prompt, or give --raw-prompt"):
+    texts = [cfg.prompt.replace("{problem}", p["problem"]) for p in problems]
+    with explained("no prompts can be made; the tiny model reads only sums; others: --raw-prompt"):
         if not raw:
             chats = [[{"role": "user", "content": text}] for text in texts]
             texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        prompts = []
-        for ids in tokenizer(texts, add_special_tokens=raw)["input_ids"]:
-            if raw and ids[-1:] == [tokenizer.eos_token_id]:
-                ids.pop()
-            prompts.append(torch.tensor(ids))
-        if not all(map(len, prompts)):
-            raise ValueError("one is empty")
-    return prompts
+        prompts = tokenizer(texts, add_special_tokens=raw)["input_ids"]
+    return [torch.tensor(prompt) for prompt in prompts]
 
 
 def check_prompts(model, tokenizer, problems, cfg):
     """Shows a prompt, and what ends a response. UserError if the longest are too long to read."""
     prompts = encode_prompts(tokenizer, problems, cfg)
-    ends = end_tokens(model, tokenizer)
-    print(f"prompt: {tokenizer.decode(prompts[0])!r}, ended by: {tokenizer.decode(list(ends))!r}")
+    ends = tokenizer.decode(list(end_tokens(model, tokenizer)))
+    print(f"prompt: {tokenizer.decode(prompts[0])!r}, ended by: {ends!r}")
     longest = max(map(len, prompts)) + cfg.max_new_tokens
-    settings = str(model.config.get_text_config().to_dict())
-    # Beyond their original length, the rotations of these depend on the longest text of a batch.
-    original = "original_|" if re.search("longrope|'dynamic'", settings) else ""
-    name = rf"(?:{original})(?:max_position_embeddings|n_positions|n_ctx|max_seq\w*_len\w*)"
-    limit = min(map(int, re.findall(rf"'{name}': (\d+)", settings)), default=math.inf)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", math.inf)
+    # Beyond that of longrope the rotations depend on the longest text of a batch.
+    limit = getattr(config, "original_max_position_embeddings", limit)
     if longest > limit:
         raise UserError(f"{longest} tokens, but the model reads {limit}; lower --max-new-tokens")
 
@@ -704,7 +664,7 @@ def cache_values(model, trajectories, cfg, name):
     """Writes the model's "q_<name>" and "v_<name>" [T] into each trajectory. The reference's serve
     again and again, so they are computed once; by score, as the live model's are: so equal models
     cancel to exactly 0. GRPO also needs those of the policy that sampled."""
-    for part in micro_batches(trajectories, cfg.micro_batch_tokens):
+    for part in progress(micro_batches(trajectories, cfg.micro_batch_tokens), "scoring"):
         q, v, mask = (x.cpu() for x in score(model, part))  # [B, T] each
         for i, t in enumerate(part):
             t[f"q_{name}"] = q[i][mask[i]]  # [T]
@@ -723,7 +683,7 @@ def sample(model, prompts, ends, cfg, seed):
     generator = torch.Generator(model.device).manual_seed(seed)
     renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
     responses = [[] for _ in prompts]
-    for start in tqdm(range(0, len(prompts), cfg.rows), "sampling", disable=None, leave=False):
+    for start in progress(range(0, len(prompts), cfg.rows), "sampling"):
         active = responses[start : start + cfg.rows]
         texts = prompts[start : start + cfg.rows]
         # Texts must end in the same column: so the padding is on the left. It is masked, and
@@ -732,7 +692,7 @@ def sample(model, prompts, ends, cfg, seed):
         mask = pad([torch.ones_like(text) for text in texts], model.device, "left")  # [B, L]
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
         cache = transformers.DynamicCache(config=model.config)
-        for _ in range(cfg.max_new_tokens):
+        for _ in progress(range(cfg.max_new_tokens), "token"):
             read = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
             read["cache" if renamed else "past_key_values"] = cache
             logits = model(**read, logits_to_keep=1).logits[:, -1]  # [B, A]
@@ -756,23 +716,28 @@ def sample(model, prompts, ends, cfg, seed):
 
 
 def rollout(model, tokenizer, problems, cfg, step, purpose):
-    """Samples one response to each problem. -> trajectories, plain dicts: problem, answer, prompt
-    [P], response [T] (int64, EOS included), its length, text, ended (by itself?), found (the answer
-    in it), reward (0 or 1), step."""
+    """Samples one response to each problem. -> trajectories, plain dicts: all that the problem has,
+    prompt [P], response [T] (int64, EOS included), its length, text, ended (by itself?), found (the
+    answer in it), reward, verdict (right, wrong, no answer or cut), step."""
     prompts = encode_prompts(tokenizer, problems, cfg)
     ends = end_tokens(model, tokenizer)
     responses = sample(model, prompts, ends, cfg, int(rng(cfg.seed, step, purpose).integers(2**62)))
     trajectories = []
     for p, prompt, response in zip(problems, prompts, responses):
-        t = p | {"prompt": prompt, "response": response, "length": len(response), "step": step}
-        t["ended"] = int(response[-1]) in ends
+        ended = int(response[-1]) in ends
         # A template may open a thought. Special tokens stay in the text, as they may mark its end.
         thought = "<think>" if tokenizer.decode(prompt).rstrip().endswith("<think>") else ""
-        t["text"] = thought + tokenizer.decode(response[:-1] if t["ended"] else response)
-        t["found"] = extract_answer(t["text"])
-        known = response.max() < len(tokenizer)  # other ids decode to nothing
-        t["reward"] = float(t["ended"] and known and is_correct(t["text"], p["answer"]))
-        trajectories.append(t)
+        text = thought + tokenizer.decode(response[:-1] if ended else response)
+        found = extract_answer(text)
+        reward, verdict = 0.0, "cut"
+        if ended:
+            verdict = "wrong" if found else "no answer"
+            reward = float(reward_function(text, p))
+            if reward > 0:
+                verdict = "right"
+        t = {"prompt": prompt, "response": response, "length": len(response), "text": text}
+        t |= {"ended": ended, "found": found, "reward": reward, "verdict": verdict, "step": step}
+        trajectories.append(p | t)
     return trajectories
 
 
@@ -782,6 +747,7 @@ def rollout(model, tokenizer, problems, cfg, step, purpose):
 # A tiny model cannot add in its head, but it can on paper. Its teacher is always right and mostly
 # shows no work: a bad habit to copy, and RL has to find the better one.
 
+WORDS = [*"0123456789+=?;", "\\boxed{", "}"]  # all that the tiny model reads and writes
 WRITTEN_SHARE = 0.1  # of the teacher's answers, at the end of the warm start
 
 
@@ -812,12 +778,12 @@ def distill(model, tokenizer, cfg):
     work until the model can add, and then mostly leaves it out."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     generator = rng(cfg.seed, 0, "distillation")
-    for step in tqdm(range(cfg.distill_steps), "warm start", disable=None, leave=False):
-        progress = step / cfg.distill_steps
+    for step in progress(range(cfg.distill_steps), "warm start"):
+        share = step / cfg.distill_steps
         problems, answers = [], []
         for _ in range(32):
             problem = make_problem(generator, held_out=False)
-            written = progress < 0.8 or generator.random() < WRITTEN_SHARE
+            written = share < 0.8 or generator.random() < WRITTEN_SHARE
             problems.append(problem)
             answers.append(demonstrate(problem["problem"], written) + tokenizer.eos_token)
         prompts = encode_prompts(tokenizer, problems, cfg)
@@ -828,21 +794,30 @@ def distill(model, tokenizer, cfg):
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = math.cos(progress * math.pi / 2) ** 2
+        cosine = math.cos(share * math.pi / 2) ** 2
         optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 50, cosine)
         optimizer.step()
+
+
+def is_right(text, row):
+    """The reward of a response that ended by itself: is its final answer the row's?"""
+    return is_correct(text, row["answer"])
+
+
+# The place for a reward of your own: any function of the text and of the problem's row, with all
+# columns of the data file (their names in lower case), from 0 to 1. Rows then need no answer.
+reward_function = is_right
 
 
 def find_answer(row):
     """The answer in a row of a data file, as text; None if section 10 finds none to check."""
     for key in ("answer", "final_answer", "solution"):
         value = row.get(key)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, float) and math.isfinite(value):
-            value = f"{value:.15g}"  # 3.3000000000000003 is 3.3
-        if type(value) not in (str, int):
-            continue  # several answers, an object, true, NaN: nothing to compare with
+        match value:
+            case [single]:
+                value = single
+        if type(value) not in (str, int, float):
+            continue  # several answers, an object, true: nothing to compare with
         answer = str(value).rpartition("####")[2].strip()  # GSM8K: behind a solution
         if key == "solution":
             answer = extract_answer(str(value))
@@ -858,8 +833,9 @@ LATEX += r"|abla)|r(?:ho\b|ight|angle)|t(?:heta|imes\b|ext(?:bf|it|rm)?\b|au\b|f
 
 def read_problems(path):
     """A JSONL file, or one JSON array, of objects with a problem (or question) and an answer (or
-    final_answer, or a solution that holds one), names in any case. -> a list of {"problem",
-    "answer"}. Rows that will not do are left out, aloud; UserError if none is left."""
+    final_answer, or a solution that holds one), names in any case. -> a list of the rows, with
+    "problem" and "answer". Those that will not do are left out, aloud; UserError if none is left.
+    """
     with explained(f"{path}: no JSON lines/array; pandas: to_json(F, orient='records', lines=1)"):
         data = Path(path).read_bytes()
         text = data.decode(json.detect_encoding(data)).strip()
@@ -877,12 +853,12 @@ def read_problems(path):
         words = tuple(problem.split()) if isinstance(problem, str) else ()
         if not words:
             left_out.append("no problem (or question)")
-        elif not answer:
+        elif not answer and reward_function is is_right:
             left_out.append("no answer (or final_answer, or solution) to check")
         elif words in problems:  # it might be both trained on and held out
             left_out.append("a problem that was there")
         else:
-            problems[words] = {"problem": problem, "answer": answer}
+            problems[words] = fields | {"problem": problem, "answer": answer}
     reasons = ", ".join(f"{left_out.count(why)} with {why}" for why in dict.fromkeys(left_out))
     if not problems:
         raise UserError(f"{path}: no row can be used: {reasons or 'there is none'}")
@@ -895,7 +871,7 @@ def load_problems(cfg):
     """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}. Held out
     are those of --eval-data, else a tenth of --data; at most eval_problems, never trained on."""
     generator = rng(cfg.seed, 0, "problems")
-    if not cfg.data and not cfg.eval_data:
+    if not (cfg.data or cfg.eval_data):
         problems = [make_problem(generator, held_out=False) for _ in range(10_000)]
         held_out = [make_problem(generator, held_out=True) for _ in range(cfg.eval_problems)]
         return problems, held_out
@@ -1143,7 +1119,7 @@ def explained(what):
     except UserError:
         raise
     except Exception as error:  # whatever a library makes of a foreign or damaged file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).strip().split("\n")[0]
         raise UserError(f"{what} ({reason:.300})") from error
 
 
@@ -1163,6 +1139,38 @@ def write(cfg, name, content):
             part.unlink(missing_ok=True)
 
 
+LOOPS = []  # how far the loops are that the run is in, the outermost first
+
+
+def progress(items, what):
+    """Yields the items, and tells how far such loops are and when the outermost will end: in a line
+    that is written over, or, where stderr is no terminal, in a line a minute."""
+    tty = sys.stderr.isatty()
+    begin = time.time()
+    due = begin if tty else begin + 60
+    depth = len(LOOPS)
+    try:
+        for i, item in enumerate(items):
+            LOOPS[depth:] = [f"{what} {i + 1}/{len(items)}"]
+            if i and depth == 0:
+                end = begin + (time.time() - begin) / i * len(items)
+                LOOPS[0] += f" until {time.ctime(end)[4:16]}"
+            if time.time() >= due:
+                print(f"{', '.join(LOOPS):79.79}", end="\r" if tty else "\n", file=sys.stderr)
+                due = time.time() + (0.2 if tty else 60)
+            yield item
+    finally:  # also of a loop that was left
+        del LOOPS[depth:]
+        if tty:
+            print(" " * 79, end="\r", file=sys.stderr)
+
+
+def sparkline(rows, name):
+    """A figure of the rows, from 0 up, as one line of blocks; of more than 60, some are shown."""
+    values = [row[name] for row in rows[:: len(rows) // 60 + 1]]
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * value / (max(values) or 1))] for value in values)
+
+
 class Run:
     """The state of a run: what the next iteration depends on, and the history. All of it is saved.
     No generator is among it (see rng), and a run that goes on is the one that never stopped."""
@@ -1179,9 +1187,8 @@ class Run:
         self.buffer = ReplayBuffer(cfg.buffer * cfg.prompts * cfg.rollouts)
         self.history = []  # a row of figures for each step, from 0 on
         # What may not change on the way.
-        self.fingerprint = zlib.crc32(
-            repr((problems, cfg.algo, cfg.reward, cfg.prompts, cfg.rollouts)).encode()
-        )
+        fixed = (problems, cfg.algo, cfg.prompts, cfg.rollouts)
+        self.fingerprint = zlib.crc32(repr(fixed).encode())
         if cfg.resume:
             self.load(cfg)
 
@@ -1204,11 +1211,7 @@ class Run:
         with explained(f"--resume {cfg.resume}: cannot go on from its checkpoint.pt"):
             state = torch.load(Path(cfg.resume, "checkpoint.pt"), "cpu", weights_only=True)
             if state["fingerprint"] != self.fingerprint:
-                raise ValueError(
-                    "its problems (--data, --seed, ..), --algo, --reward or sizes changed"
-                )
-            if len(state["history"]) > cfg.steps:
-                raise ValueError(f"it is at step {len(state['history']) - 1}; give more --steps")
+                raise ValueError("its problems (--data, --seed, ..), --algo or sizes changed")
             parts = zip(self.model.parameters(), self.masters, state["masters"], strict=True)
             for weight, master, saved in parts:
                 weight.copy_(master.copy_(saved))
@@ -1220,18 +1223,23 @@ class Run:
 
 def evaluate(model, tokenizer, problems, cfg, step):
     """Answers each problem cfg.eval_samples times, as in training, writes all answers to a file and
-    prints the best and the worst. -> accuracy, the mean reward; stderr, its standard error over n
-    problems, as half the width of Wilson's interval: so not 0 at 0 of n."""
-    asked = [p for p in problems for _ in range(cfg.eval_samples)]
-    answers = rollout(model, tokenizer, asked, cfg, step, "evaluation")
-    write(cfg, f"eval-{step:05}.jsonl", answers)
+    prints how they are, the best and the worst. -> accuracy, the mean reward; stderr, its standard
+    error over n problems, as half the width of Wilson's interval: so not 0 at 0 of n."""
+    answers = []
+    for i in progress(range(cfg.eval_samples), "evaluation"):
+        purpose = f"evaluation {i}" if i else "evaluation"
+        answers += rollout(model, tokenizer, problems, cfg, step, purpose)
+        write(cfg, f"eval-{step:05}.jsonl", answers)  # one answer to each, whatever happens then
+    verdicts = [t["verdict"] for t in answers]
+    counts = map(verdicts.count, ("right", "wrong", "no answer", "cut"))
+    print("  right {}, wrong {}, no answer {}, cut {}".format(*counts))
     order = sorted(answers, key=lambda t: t["reward"])
     for t in (order[-1], order[0]):
         print(
-            f"  {t['reward']:g}: {t['problem']!r:.200} -> {t['text'][-200:]!r} (gold {t['answer']})"
+            f"  {t['reward']:g}: {t['problem']!r:.99} -> {t['text'][-99:]!r} (gold {t['answer']})"
         )
     n = len(problems)
-    shares = np.array([t["reward"] for t in answers]).reshape(n, -1).mean(1)
+    shares = np.array([t["reward"] for t in answers]).reshape(-1, n).mean(0)
     stderr = math.sqrt(n * shares.var() + 1 / 4) / (n + 1)
     return {"accuracy": float(shares.mean()), "stderr": stderr}
 
@@ -1242,10 +1250,17 @@ def parse_args(argv):
     def refuse(message):  # argparse's own way prints two lines
         raise UserError(f"{message}; see --help")
 
-    def show():
-        source = inspect.getsource(Config).partition("    def ")[0]
-        presets = "\n".join(map(": ".join, PRESETS.items()))
-        return f"{source}\nEach is a flag, as in --max-new-tokens 28. --preset NAME:\n{presets}\n"
+    def show():  # the fields of Config, with the value that each preset gives them
+        presets = [vars(parser.parse_args(shlex.split(words))) for words in PRESETS.values()]
+
+        def row(field):
+            name, default, comment = field.groups()
+            values = "".join(f"{preset.get(name, default)!s:>11.10}" for preset in presets)
+            return f"  --{name.replace('_', '-'):20}{values}  {comment}"
+
+        text = inspect.getsource(Config).partition("    def ")[0]
+        text = re.sub(r" +(\w+): .*= (.*?)  # (.*)", row, text)
+        return f"  --preset                    toy      small  r1-distill-1.5b\n{text}"
 
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error, parser.format_help = refuse, show

@@ -498,13 +498,13 @@ def test_buffer():
     buffer.add(range(3, 8))
     samples = [buffer.sample(2, generator) for _ in range(2000)]
     counts = collections.Counter(sum(samples, []))
-    assert sorted(counts) == [3, 4, 5, 6, 7] and len(buffer) == 5
+    assert sorted(counts) == [3, 4, 5, 6, 7] and len(buffer.items) == 5
     assert all(len(set(sample)) == 2 for sample in samples)
     assert all(abs(n - 800) < 100 for n in counts.values())
 
 
 def test_signals():
-    """Raw, centered, or GRPO's advantage, which is the reward for a group of 1."""
+    """The reward, or GRPO's advantage, which is the reward for a group of 1."""
     rewards = [1, 0, 0, 0, 1, 1, 1, 1]
 
     def signals(**settings):
@@ -513,9 +513,8 @@ def test_signals():
         return [t["signal"].item() for t in batch]
 
     assert signals(rollouts=4) == signals(rollouts=1, algo="grpo") == rewards
-    centered = signals(rollouts=4, reward="centered")
-    assert centered == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
-    assert signals(rollouts=4, algo="grpo") == pytest.approx([2 * x for x in centered], abs=1e-4)
+    by_hand = [1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]
+    assert signals(rollouts=4, algo="grpo") == pytest.approx(by_hand, abs=1e-4)
 
 
 # ---- Checker, problems, settings -----------------------------------------------------------------
@@ -624,11 +623,12 @@ def test_built_in_task():
     assert len(keys[1]) > 450 and not keys[0] & keys[1]
 
 
-def test_reading_problems(tmp_path, capsys):
+def test_reading_problems(tmp_path, monkeypatch, capsys):
     """JSON lines or one JSON array, names in any case. The first of answer, final_answer and
-    solution that holds an answer; a list of one is its item. The rest is left out, aloud."""
+    solution that holds an answer; a list of one is its item. The rest is left out, aloud, but an
+    own reward also takes rows without an answer. All columns stay."""
     rows = [7, {"answer": "5"}, {"problem": ["q"], "answer": "5"}, {"problem": " ", "answer": "5"}]
-    for answer in (["1", "2"], [], {"value": 3}, "}{", True, None, math.nan, math.inf):
+    for answer in (["1", "2"], [], {"value": 3}, "}{", True, None):
         rows.append({"problem": "q", "answer": answer, "solution": "It follows."})
     expected = []
     for fields, answer in (
@@ -639,19 +639,23 @@ def test_reading_problems(tmp_path, capsys):
         ({"answer": None, "solution": r"It is \boxed{5}, as $1 + 4 = 5$."}, "5"),
         ({"answer": [1, 2], "Solution": "so\n#### 5"}, "5"),
         ({"final_answer": [0.5]}, "0.5"),
-        ({"answer": 3 * 1.1}, "3.3"),
         ({"answer": 10**400}, str(10**400)),
     ):
         problem = f"p{len(rows)}"
         rows += [{"Question": problem} | fields, {"problem": problem, "answer": "another"}]
-        expected.append({"problem": problem, "answer": answer})
+        fields = {name.lower(): value for name, value in fields.items()}
+        expected.append({"question": problem, "problem": problem} | fields | {"answer": answer})
     file = tmp_path / "rows.jsonl"
     assert rm.read_problems(json_lines(file, rows)) == expected
     said = capsys.readouterr().out
-    for why in ("4 with no problem", "8 with no answer", "9 with a problem that was there"):
+    for why in ("4 with no problem", "6 with no answer", "8 with a problem that was there"):
         assert said.startswith(f"{file}: ") and why in said
     file.write_text(json.dumps(rows), encoding="utf-8-sig")  # an array, after a byte-order mark
     assert rm.read_problems(file) == expected
+    monkeypatch.setattr(rm, "reward_function", lambda text, row: 1)
+    first = {"problem": "q", "answer": None, "solution": "It follows."}
+    assert rm.read_problems(file) == [first, *expected]
+    monkeypatch.undo()
     # Single backslashes, one in three right; a copy but for white space; as PowerShell writes it.
     text = r"""{"problem": "Is \theta \\in \sin?\nequal: \"\times\"", "answer": "\frac{1}{2}"}
     {"problem": "Is \\theta  \\in \\sin? equal: \"\\times\"", "answer": "3"}"""
@@ -678,12 +682,19 @@ def test_held_out_part(tmp_path):
 
 
 def test_settings_are_flags(capsys):
-    """The fields of Config are the flags, all in --help with the presets, which are flags before
-    the user's own: by name, or small with --model. What is impossible is told, with a mend."""
+    """The fields of Config are the flags, each in --help with its value in every preset, which are
+    flags before the user's own: by name, or small with --model. The impossible is told."""
     with pytest.raises(SystemExit):
         rm.main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in [*vars(rm.Config()), *rm.PRESETS])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["--preset", *rm.PRESETS]
+    for name in vars(rm.Config()):
+        flag = "--" + name.replace("_", "-")
+        (words,) = (line.split() for line in shown if line.split()[:1] == [flag])
+        for preset, word in zip(rm.PRESETS, words[1:], strict=False):
+            value = str(getattr(rm.parse_args(["--preset", preset]), name))
+            if name not in ("model", "data", "prompt"):
+                assert word.strip('"') == value or float(word) == float(value)
     assert rm.parse_args([]) == rm.parse_args(["--preset=toy"]) == rm.Config()
     words = ["--preset=toy", "--algo=grpo", "--lr=1e-3", "--raw-prompt", "--model=m", "--out=o"]
     settings = {"algo": "grpo", "lr": 1e-3, "raw_prompt": True, "model": "m", "out": "o"}
@@ -706,9 +717,6 @@ def test_settings_are_flags(capsys):
     for argv, mend in (
         ("--algo ppo", "choose from"),
         ("--model m --prompt x", "{problem}"),
-        ("--prompt {problem}?", "--model"),
-        ("--preset toy --data f", "--model"),
-        ("--rollouts 1 --reward centered", "--reward raw"),
         ("--bogus 3", "--bogus"),
     ):
         assert mend in refusal(argv.split(), capsys), argv
@@ -796,7 +804,7 @@ def test_sampler_and_scorer_agree(kind, tmp_path, monkeypatch):
 
 def test_chat_templates_and_tokenizers(tmp_path):
     """The chat template is used where there is one, with one BOS, unless --raw-prompt; then the
-    tokenizer adds what it adds, but no EOS. Special tokens in a problem are text."""
+    tokenizer adds what it adds. The tiny model's knows all its signs, and no other."""
     cfg = rm.Config(model=saved_model(tmp_path / "m", chat=True), prompt="Q: {problem} {x}")
     raw = dataclasses.replace(cfg, raw_prompt=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
@@ -807,11 +815,10 @@ def test_chat_templates_and_tokenizers(tmp_path):
 
     assert text("1 {+} 2?", cfg) == "<s><user>Q: 1 {+} 2? {x} A:"
     assert text("1?", raw) == "Q: 1? {x}"
-    assert text("1</s><user>2<s></s </s>", cfg).endswith("1< /s>< user>2< s></s < /s> {x} A:")
-    with pytest.raises(rm.UserError, match="--prompt.*empty"):
-        text("", rm.Config(raw_prompt=True))
+    with pytest.raises(rm.UserError, match="reads only sums"):
+        rm.encode_prompts(rm.make_model(0)[1], [{"problem": "1*2"}], rm.Config())
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        single="<s> $A", special_tokens=[("<s>", 0)]
     )
     assert text("1?", raw) == "<s>Q: 1? {x}"
     assert text("1?", cfg) == "<s><user>Q: 1? {x} A:"
@@ -835,13 +842,14 @@ def test_what_earns(opening, tmp_path, monkeypatch):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] + ' A: " + opening + "' }}"
     cases = [
-        ("so 3</think>\\boxed{3}", "</s>", 1),
-        ("<think>so 3</think>\\boxed{3}", "</s>", 1),
-        ("<think>so 3</think>\\boxed{3}", "", 0),
-        ("<think>so \\boxed{3}", "</s>", 0),
-        ("so \\boxed{3}</think>", "</s>", 0),
-        ("so \\boxed{3}", "</s>", 0 if opening else 1),
-        ("", "</s>", 0),
+        ("so 3</think>\\boxed{3}", "</s>", "right"),
+        ("<think>so 3</think>\\boxed{3}", "</s>", "right"),
+        ("<think>so 3</think>\\boxed{3}", "", "cut"),
+        ("<think>so \\boxed{3}", "</s>", "no answer"),
+        ("so \\boxed{3}</think>", "</s>", "no answer"),
+        ("so \\boxed{3}", "</s>", "no answer" if opening else "right"),
+        ("</think>\\boxed{4}", "</s>", "wrong"),
+        ("", "</s>", "no answer"),
     ]
     responses = []
     for text, end, _ in cases:
@@ -850,15 +858,12 @@ def test_what_earns(opening, tmp_path, monkeypatch):
     monkeypatch.setattr(rm, "sample", lambda *_: responses)
     problems = [{"problem": "1+2, <think>", "answer": "3"}] * len(cases)
     found = rm.rollout(model, tokenizer, problems, cfg, 0, "test")
-    for t, (text, end, reward) in zip(found, cases, strict=True):
+    for t, (text, end, verdict) in zip(found, cases, strict=True):
         assert t["text"] == ("<think>" + text if opening else text)
-        assert (t["ended"], t["reward"], t["length"]) == (end != "", reward, len(t["response"]))
+        assert (t["verdict"], t["reward"]) == (verdict, verdict == "right")
+        assert (t["ended"], t["length"]) == (end != "", len(t["response"]))
     assert found[2]["found"] == "3"  # it was cut, or it would have counted
     assert rm.score(model, found)[2].sum(1).tolist() == [t["length"] for t in found]
-    odd = [*responses[0][:-2], torch.tensor(390), *responses[0][-2:]]  # no token: it is not seen
-    responses[:] = [torch.stack(odd)]
-    (t,) = rm.rollout(model, tokenizer, problems[:1], cfg, 0, "test")
-    assert (t["found"], t["reward"]) == ("3", 0)
 
 
 def test_not_finite_stops_before_the_step(quick, capsys):
@@ -955,18 +960,24 @@ def test_checkpointing_and_noise_change_nothing(kind, noise, tmp_path, monkeypat
     assert torch.equal(*found)
 
 
-UNFIT = [("Gemma2", {}, "final_logit_softcapping"), ("Cohere", {"logit_scale": 0.1}, "logit_scale")]
-UNFIT += [("Granite", {"logits_scaling": 8}, "logits_scaling"), ("Phi", {}, "head has a bias")]
-UNFIT += [("Rwkv", {}, "no cache"), ("Llama", {}, "not hidden @ lm_head")]
+UNFIT = [("Gemma2", {}), ("Cohere", {"logit_scale": 0.1}), ("Granite", {"logits_scaling": 8})]
 
 
-@pytest.mark.parametrize("kind, changes, cause", UNFIT)
-def test_models_that_do_not_fit_are_refused(kind, changes, cause, tmp_path, monkeypatch):
-    """Soft caps, scales, biases after hidden @ lm_head.T, whatever else is there, and no cache."""
-    if kind == "Llama":
-        monkeypatch.setattr(rm, "score", lambda *_: (None, torch.ones(1, 1), None))
+@pytest.mark.parametrize("kind, changes", [*UNFIT, ("Phi", {}), ("Rwkv", {})])
+def test_models_that_do_not_fit_are_refused(kind, changes, tmp_path):
+    """Soft caps, scales, biases after hidden @ lm_head.T, and models without a cache."""
+    folder = saved_model(tmp_path / "m", kind, initializer_range=1.0, **changes)
+    cause = "not hidden @ lm_head"
+    if kind == "Phi":  # its bias is 0 at first
+        file = f"{folder}/model.safetensors"
+        weights = safetensors.torch.load_file(file)
+        weights["lm_head.bias"] += 1
+        safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    if kind == "Rwkv":
+        file, cause = Path(folder, "config.json"), "no cache"
+        file.write_text(file.read_text().replace("num_attention_heads", "none"))
     with pytest.raises(rm.UserError, match=cause):
-        saved_and_loaded(tmp_path / "m", kind, **changes)
+        rm.load_model(rm.Config(model=folder))
 
 
 def test_weights_that_are_missing_are_refused(tmp_path):
@@ -987,7 +998,7 @@ def test_limits_under_their_names(tmp_path):
     long |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     rope = {"rope_parameters": long, "original_max_position_embeddings": 64}
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved_model(tmp_path / "t"))
-    for kind, change in (("Phi3", rope), ("Llama", {"max_seq_len": 64})):
+    for kind, change in (("Phi3", rope), ("GPT2", {"max_position_embeddings": 64})):
         model = saved_and_loaded(tmp_path / kind, kind, **change)
         rm.check_prompts(model, tokenizer, [{"problem": "1"}], rm.Config(max_new_tokens=63))
         with pytest.raises(rm.UserError, match="65 tokens, but the model reads 64;"):
@@ -995,19 +1006,83 @@ def test_limits_under_their_names(tmp_path):
 
 
 def test_evaluation_figures(tmp_path, monkeypatch, capsys):
-    """avg@n and its standard error, by hand; a row an answer; the best and the worst are shown."""
-    answers = []
-    for i, reward in enumerate((0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1)):
-        answer = {"problem": "abcd"[i // 4], "answer": "5", "text": "\\boxed{5}", "found": "5"}
-        answers.append(answer | {"reward": reward, "length": 9, "ended": True})
-    monkeypatch.setattr(rm, "rollout", lambda *_: answers)
+    """avg@n and its standard error, by hand; a row an answer, kept as soon as each problem has one
+    more; how many were right, wrong, no answer or cut, the best and the worst."""
+    problems = [{"problem": name, "answer": "5"} for name in "abcd"]
+    rewards = [[0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 0.5, 1], [1, 1, 0, 1]]  # a pass each
+    rollout = mock.Mock()
+    monkeypatch.setattr(rm, "rollout", rollout)
+    passes = []
+    for each in rewards:
+        verdicts = {0: "cut", 0.5: "no answer", 1: "right"}
+        t = [p | {"text": "5", "reward": r, "verdict": verdicts[r]} for p, r in zip(problems, each)]
+        passes.append(t)
     cfg = rm.Config(eval_samples=4, out=str(tmp_path))
-    found = rm.evaluate(None, None, answers[::4], cfg, 0)
-    assert found["accuracy"] == pytest.approx(7 / 16)
-    assert found["stderr"] == pytest.approx(math.sqrt((9 + 1 + 49 + 81) / 256 + 1 / 4) / 5)
-    assert rows_of(tmp_path, "eval-00000.jsonl") == answers
-    shown = "  1: 'd' -> '\\\\boxed{5}' (gold 5)\n  0: 'a' -> "
+    rollout.side_effect = [*passes[:2], KeyboardInterrupt]
+    with pytest.raises(KeyboardInterrupt):
+        rm.evaluate(None, None, problems, cfg, 0)
+    assert rows_of(tmp_path, "eval-00000.jsonl") == sum(passes[:2], [])
+    rollout.side_effect = passes
+    found = rm.evaluate(None, None, problems, cfg, 0)
+    assert found["accuracy"] == pytest.approx(7.5 / 16)
+    variance = fmean((x / 16 - 7.5 / 16) ** 2 for x in (4, 8, 2, 16))
+    assert found["stderr"] == pytest.approx(math.sqrt(4 * variance + 1 / 4) / 5)
+    assert rows_of(tmp_path, "eval-00000.jsonl") == sum(passes, [])
+    purposes = [call.args[-1] for call in rollout.call_args_list[3:]]
+    assert len(set(purposes)) == 4  # each with random numbers of its own
+    shown = (
+        "  right 7, wrong 0, no answer 1, cut 8\n  1: 'd' -> '5' (gold 5)\n  0: 'a' -> '5' (gold"
+    )
     assert shown in capsys.readouterr().out
+
+
+def test_progress(monkeypatch, capsys):
+    """Where the run is: on a terminal at once, in a line that is cleared; else a line a minute."""
+    clock = itertools.count(step=7)
+    monkeypatch.setattr(rm.time, "time", lambda: next(clock))
+
+    def watched():
+        for step in rm.progress(range(30), "step"):
+            for token in rm.progress(range(9), "token"):
+                if token == 4 and step == 2:
+                    return
+
+    watched()
+    lines = capsys.readouterr().err.splitlines()
+    assert not rm.LOOPS and lines and all(line.startswith("step ") for line in lines)
+    assert re.fullmatch(r"step 3/30 until \w+ +\d+ \d\d:\d\d", lines[-1].strip())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    watched()
+    shown = capsys.readouterr().err.split("\r")
+    assert shown[0].strip() == "step 1/30" and shown[1].strip() == "step 1/30, token 1/9"
+    assert re.match(r"step 2/30 until .*, token 9/9 ", shown[20])
+    assert shown[-1] == "" and not shown[-2].strip() and {len(line) for line in shown[:-1]} == {79}
+
+
+def test_the_picture_at_the_end():
+    """One block a step, from 0 to the greatest; of a long run some 60."""
+    rows = [{"reward": i / 8} for i in range(8)]
+    assert rm.sparkline(rows, "reward") == "▁▂▃▄▅▆▇█" and rm.sparkline(rows[:1], "reward") == "▁"
+    assert 50 <= len(rm.sparkline(rows * 100, "reward")) <= 61
+
+
+def test_a_reward_of_ones_own(start, tmp_path, monkeypatch):
+    """Any function of text and row, with the file's columns, also between 0 and 1; no answer."""
+    seen = []
+
+    def reward(text, row):
+        seen.append(row)
+        return len(text) / row["scale"]
+
+    monkeypatch.setattr(rm, "reward_function", reward)
+    file = json_lines(tmp_path / "p", [{"problem": f"{i}+1=?", "SCALE": 64} for i in range(10, 50)])
+    out = tmp_path / "out"
+    words = "--preset=toy --steps=2 --prompts=4 --rollouts=2 --updates=2"
+    files = {"model": start / "model", "data": file, "out": out}
+    assert rm.main([*words.split(), *flags(files)]) == 0
+    answers = rows_of(out, "eval-00002.jsonl")
+    assert all(t["reward"] == t["ended"] * len(t["text"]) / 64 for t in answers)
+    assert 0 < rows_of(out)[1]["reward"] < 1 and seen[0]["scale"] == 64 and len(answers) == 4
 
 
 def test_it_learns_to_show_its_work(quick, monkeypatch):
@@ -1017,7 +1092,7 @@ def test_it_learns_to_show_its_work(quick, monkeypatch):
     cfg = quick(**sizes, eval_every=6, lr=5e-4, half_life=0)
     result = rm.train(cfg)
     rows = rows_of(cfg.out)
-    assert result["accuracy_after"] > result["accuracy_before"] + 0.25
+    assert result["accuracy"] > rows[0]["accuracy"] + 0.25
     assert rows[-1]["reward"] > rows[1]["reward"] + 0.25
     assert rows[-1]["length"] > rows[1]["length"] + 1
 
@@ -1077,7 +1152,7 @@ def test_a_run_leaves_its_record(algo, calm, quick, capsys):
     assert set(rows[2]) == keys and set(rows[3]) == set(rows[4]) == keys | figures
     looked = quick(**plain | {"eval_every": 1})
     assert rm.main(flags(vars(looked))) == 0
-    assert f"\naccuracy_after: {rows[4]['accuracy']:.4g}\n" in capsys.readouterr().out
+    assert f"\naccuracy: {rows[4]['accuracy']:.4g}\n" in capsys.readouterr().out
     other_rows, other_files = results(looked.out)
     for row, other in zip(rows, other_rows, strict=True):
         assert row.items() <= other.items()
@@ -1170,13 +1245,12 @@ def test_every_write_may_fail(where, name, at, goes_on, calm, quick, monkeypatch
 
 
 def test_broken_checkpoints_are_refused(calm, tmp_path, capsys):
-    """Truncated, tampered, foreign or hostile files, other problems, --algo or --reward, no step
-    more: one line each, the run stays as it was, and nothing is executed."""
+    """Truncated, tampered, foreign or hostile files, other problems or --algo: one line each, the
+    run stays as it was, and nothing is executed."""
     out = str(shutil.copytree(calm(**PLAIN), tmp_path / "out"))
     kept = content(out)
-    for change in ("--algo=grpo", "--reward=centered", f"--seed={SEED + 1}"):
+    for change in ("--algo=grpo", f"--seed={SEED + 1}"):
         assert "changed" in refusal(["--resume", out, "--steps=5", change], capsys)
-    assert "it is at step 4; give more --steps" in refusal(["--resume", out], capsys)
     assert content(out) == kept
 
     class Hostile:
