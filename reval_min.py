@@ -207,7 +207,7 @@ def reval_loss(q, v, q_ref, v_ref, reward, mask, beta, calibrated=True):
 # first_gradients  Calibrated start: while the model is the reference, a response without reward has
 #                  residual and gradient 0; in TBRM its residual is V_ref(s_1), 10 to 40 nats.
 #                  Scale: for a reward less its group's mean, beta / 2 makes the first gradient that
-#                  of REINFORCE. For the raw one (the default) grad V(s_1) comes on top. Adam does
+#                  of REINFORCE. For the raw one (used here) grad V(s_1) comes on top. Adam does
 #                  not see the factor, nor does a clip that cuts all, as in the built-in run.
 # fixed_point      All residuals are 0 at pi* = pi_ref * exp(r / beta) / Z, with Z the mean of
 #                  exp(r / beta) under pi_ref, and V*(s_1) = V_ref(s_1) + log Z, whoever wrote the
@@ -256,7 +256,7 @@ class ReplayBuffer:
 # The whole method, arguments shortened. In section 7 it is `collect`, `learn` and `train`.
 #
 #     fresh = rollout(model, some problems, several responses each)   # reward: is it right?
-#     add_signals(fresh)                                              # r, or that less a mean
+#     add_signals(fresh)                                              # r; GRPO: an advantage
 #     cache_values(reference, fresh)                                  # q_ref and v_ref, only once
 #     buffer.add(fresh)
 #     for k in range(K):
@@ -272,7 +272,7 @@ class ReplayBuffer:
 
 
 # ==================================================================================================
-# PART II: A RUN (explained(...), from section 11, makes an error inside it one line for the user)
+# PART II: A RUN (by section 11 explained makes an error one line, progress tells how far a loop is)
 # ==================================================================================================
 
 # ---- 5. Settings ---------------------------------------------------------------------------------
@@ -607,7 +607,7 @@ def load_model(cfg):
 def encode_prompts(tokenizer, problems, cfg):
     """The prompts of problems: a list of 1-D int64 tensors, in the chat template if there is one.
     The template brings its own BOS, without one the tokenizer adds its special tokens. UserError if
-    a prompt has no token, or the template fails."""
+    the template fails, or the tokenizer does not know a sign."""
     raw = cfg.raw_prompt or tokenizer.chat_template is None
     texts = [cfg.prompt.replace("{problem}", p["problem"]) for p in problems]
     with explained("no prompts can be made; the tiny model reads only sums; others: --raw-prompt"):
@@ -1139,19 +1139,19 @@ def write(cfg, name, content):
             part.unlink(missing_ok=True)
 
 
-LOOPS = []  # how far the loops are that the run is in, the outermost first
+LOOPS = []  # how much is done of each loop that the run is in, the outermost first
 
 
 def progress(items, what):
-    """Yields the items, and tells how far such loops are and when the outermost will end: in a line
-    that is written over, or, where stderr is no terminal, in a line a minute."""
+    """Yields the items, and tells what is done of such loops, and when the outermost will end: in a
+    line that is written over, or, where stderr is no terminal, in a line a minute."""
     tty = sys.stderr.isatty()
     begin = time.time()
     due = begin if tty else begin + 60
     depth = len(LOOPS)
     try:
         for i, item in enumerate(items):
-            LOOPS[depth:] = [f"{what} {i + 1}/{len(items)}"]
+            LOOPS[depth:] = [f"{what} {i}/{len(items)}"]
             if i and depth == 0:
                 end = begin + (time.time() - begin) / i * len(items)
                 LOOPS[0] += f" until {time.ctime(end)[4:16]}"
@@ -1206,8 +1206,8 @@ class Run:
 
     @torch.no_grad()
     def load(self, cfg):
-        """Takes the state from RESUME/checkpoint.pt. UserError if it is broken, foreign or already
-        at the last step; nothing in it is ever executed."""
+        """Takes the state from RESUME/checkpoint.pt. UserError if it is broken or foreign; nothing
+        in it is ever executed."""
         with explained(f"--resume {cfg.resume}: cannot go on from its checkpoint.pt"):
             state = torch.load(Path(cfg.resume, "checkpoint.pt"), "cpu", weights_only=True)
             if state["fingerprint"] != self.fingerprint:

@@ -1050,12 +1050,12 @@ def test_progress(monkeypatch, capsys):
     watched()
     lines = capsys.readouterr().err.splitlines()
     assert not rm.LOOPS and lines and all(line.startswith("step ") for line in lines)
-    assert re.fullmatch(r"step 3/30 until \w+ +\d+ \d\d:\d\d", lines[-1].strip())
+    assert re.fullmatch(r"step 2/30 until \w+ +\d+ \d\d:\d\d", lines[-1].strip())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     watched()
     shown = capsys.readouterr().err.split("\r")
-    assert shown[0].strip() == "step 1/30" and shown[1].strip() == "step 1/30, token 1/9"
-    assert re.match(r"step 2/30 until .*, token 9/9 ", shown[20])
+    assert shown[0].strip() == "step 0/30" and shown[1].strip() == "step 0/30, token 0/9"
+    assert re.match(r"step 1/30 until .*, token 8/9 ", shown[20])
     assert shown[-1] == "" and not shown[-2].strip() and {len(line) for line in shown[:-1]} == {79}
 
 
