@@ -1,9 +1,7 @@
 """Tests and evidence for reval_min.py.
 
     python -m pytest -q                      the tests: no network, no GPU, under two minutes of CPU
-    python test_reval_min.py study NAME      a table and a chart of one-prompt, replay, calibration,
-                                             settings, reward, one-rollout, off-policy or real
-    python test_reval_min.py bench           speed and memory of q_from_logits
+    python test_reval_min.py study NAME      a table and a chart; NAMEs: see STUDIES
 
 Each test names the claim that it checks. REVAL_TEST_SEED is the seed of those that learn.
 """
@@ -186,11 +184,6 @@ def saved_model(folder, kind="Llama", chat=False, **changes):
     return str(folder)
 
 
-def saved_and_loaded(folder, kind="Llama", **changes):
-    """Such a model, as load_model gives it."""
-    return rm.load_model(rm.Config(model=saved_model(folder, kind, **changes)))[0]
-
-
 # ---- The method and one update -------------------------------------------------------------------
 
 
@@ -306,8 +299,7 @@ def test_grpo_loss_equals_a_slow_oracle():
 
 
 def test_first_gradients():
-    """Calibrated start: model = reference and r = 0 give loss and gradient 0.0; TBRM's residual is
-    V_ref(s_1). Scale: with a centered reward the gradient is that of REINFORCE with a baseline."""
+    """The start is calibrated, TBRM's is not; a centered reward gives REINFORCE's gradient."""
     model = rm.make_model(0)[0].double()
     batch = [t | {"prompt": torch.tensor([1, 5, 6])} for t in trajectories(8)]
     q, v, mask = rm.score(model, batch)
@@ -401,8 +393,7 @@ def fit(begin, rows, q_ref, v_ref, calibrated=True, held=False):
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("begin, rows", [(0, EVERY), (1, UNEVEN)])
 def test_fixed_point(begin, rows, calibrated):
-    """Whoever wrote the data and wherever the model begins, it ends at pi_ref exp(r / beta) / Z,
-    with V(s_1) = V_ref(s_1) + log Z; TBRM too, with V(s_1) = log Z."""
+    """Whoever wrote the data, wherever the model begins: it ends at pi_ref exp(r / beta) / Z."""
     q_ref, v_ref = q_and_v(table(0), rows)
     logits = fit(table(begin), rows, q_ref, v_ref, calibrated)
     best, level = best_policy(table(0))
@@ -505,10 +496,10 @@ def test_buffer():
 
 def test_signals():
     """The reward, or GRPO's advantage, which is the reward for a group of 1."""
-    rewards = [1, 0, 0, 0, 1, 1, 1, 1]
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
 
     def signals(**settings):
-        batch = [{"reward": float(r)} for r in rewards]
+        batch = [{"reward": r} for r in rewards]
         rm.add_signals(batch, rm.Config(**settings))
         return [t["signal"].item() for t in batch]
 
@@ -561,9 +552,8 @@ POLICY = [
     ("=6 months", "6", True), ("=3 millions", "3", False), ("=2 dozens", "2", False),
     ("=7 halves", "7", False), ("=8 hundreds", "8", False), ("=3 perhaps", "3", False),
     ("=9 of class", "9", False), (r"=\$12.00", "12", True), (r"=12\%", "0.12", True),
-    ("=12", "0.12", False), ("=12", r"12\%", True), ("=45°", "45 cm", False),
-    ("=9 m/s", "9", True), ("=2 tens", "2", False), ("=5 was it", "5", False),
-    ("=1 hour", "1", True),
+    ("=12", "0.12", False), ("=12", r"12\%", True), ("=45°", "45 cm", False), ("=9 m/s", "9", True),
+    ("=2 tens", "2", False), ("=5 was it", "5", False), ("=1 hour", "1", True),
     # A name may stand before "=", an equation is no answer to its other side.
     ("=x=5", "5", True), ("=5=x", "5", True), ("=x=5", "y=5", False),
     ("=P(B)=0.2", r"\frac15", True), (r"=y \approx 17", "17", True), ("=xy=6", "6", False),
@@ -624,9 +614,7 @@ def test_built_in_task():
 
 
 def test_reading_problems(tmp_path, monkeypatch, capsys):
-    """JSON lines or one JSON array, names in any case. The first of answer, final_answer and
-    solution that holds an answer; a list of one is its item. The rest is left out, aloud, but an
-    own reward also takes rows without an answer. All columns stay."""
+    """What holds an answer to check is found, with all columns, the rest is left out, aloud."""
     rows = [7, {"answer": "5"}, {"problem": ["q"], "answer": "5"}, {"problem": " ", "answer": "5"}]
     for answer in (["1", "2"], [], {"value": 3}, "}{", True, None):
         rows.append({"problem": "q", "answer": answer, "solution": "It follows."})
@@ -655,7 +643,6 @@ def test_reading_problems(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rm, "reward_function", lambda text, row: 1)
     first = {"problem": "q", "answer": None, "solution": "It follows."}
     assert rm.read_problems(file) == [first, *expected]
-    monkeypatch.undo()
     # Single backslashes, one in three right; a copy but for white space; as PowerShell writes it.
     text = r"""{"problem": "Is \theta \\in \sin?\nequal: \"\times\"", "answer": "\frac{1}{2}"}
     {"problem": "Is \\theta  \\in \\sin? equal: \"\\times\"", "answer": "3"}"""
@@ -682,8 +669,7 @@ def test_held_out_part(tmp_path):
 
 
 def test_settings_are_flags(capsys):
-    """The fields of Config are the flags, each in --help with its value in every preset, which are
-    flags before the user's own: by name, or small with --model. The impossible is told."""
+    """Config's fields are flags, --help has each preset's values; the user's own come last."""
     with pytest.raises(SystemExit):
         rm.main(["--help"])
     shown = capsys.readouterr().out.splitlines()
@@ -696,30 +682,26 @@ def test_settings_are_flags(capsys):
             if name not in ("model", "data", "prompt"):
                 assert word.strip('"') == value or float(word) == float(value)
     assert rm.parse_args([]) == rm.parse_args(["--preset=toy"]) == rm.Config()
-    words = ["--preset=toy", "--algo=grpo", "--lr=1e-3", "--raw-prompt", "--model=m", "--out=o"]
-    settings = {"algo": "grpo", "lr": 1e-3, "raw_prompt": True, "model": "m", "out": "o"}
+    words = ["--preset=toy", "--algo=grpo", "--lr=1e-3", "--raw-prompt", "--model=m"]
+    settings = {"algo": "grpo", "lr": 1e-3, "raw_prompt": True, "model": "m"}
     assert rm.parse_args(words) == rm.Config(**settings)
     small = rm.parse_args(["--data=f", "--model=m", "--steps=7"])
     assert (small.data, small.model, small.steps, small.lr) == ("f", "m", 7, 1e-5)
     paper = rm.parse_args(["--updates=4", "--preset=r1-distill-1.5b"])
-    assert (paper.beta, paper.buffer, paper.lr, paper.updates) == (0.002, 5, 1e-6, 4)
-    assert paper.prompt.startswith("{problem} Let's") and paper.prompt.endswith(r"\boxed{}.")
+    assert (paper.beta, paper.updates, paper.prompt[-9:]) == (0.002, 4, r"\boxed{}.")
     may_be_zero = {"steps", "warmup", "half_life", "ref_reset", "distill_steps", "seed"}
     rm.Config(**dict.fromkeys(may_be_zero, 0))
     for name, default in vars(rm.Config()).items():
         if type(default) in (int, float):
-            bad = [-1, math.nan, math.inf]
-            if name not in may_be_zero:
-                bad.append(0)
-            for value in bad:
+            for value in [-1, math.nan, math.inf, *([] if name in may_be_zero else [0])]:
                 with pytest.raises(rm.UserError, match=f"{name} {value}: too small, or not finite"):
                     rm.Config(**{name: value})
-    for argv, mend in (
-        ("--algo ppo", "choose from"),
-        ("--model m --prompt x", "{problem}"),
-        ("--bogus 3", "--bogus"),
+    for flag, mend in (
+        ("--algo=ppo", "choose from"),
+        ("--prompt=x", "{problem}"),
+        ("--b=3", "--b"),
     ):
-        assert mend in refusal(argv.split(), capsys), argv
+        assert mend in refusal([flag], capsys)
 
 
 def test_refusals(tmp_path, monkeypatch, capsys):
@@ -763,8 +745,7 @@ def test_refusals(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Mistral", "GPT2", "Bloom", "Lfm2", "NemotronH"])
 def test_sampler_and_scorer_agree(kind, tmp_path, monkeypatch):
-    """Whatever a model brings along, its sampler's probabilities are the scorer's, at each token,
-    with padding, companions that come and go, a window, a recurrent state. A seed repeats."""
+    """At each token, whatever a model brings along, and whoever is beside it. A seed repeats."""
     window = {"sliding_window": 4} if kind == "Mistral" else {}
     folder = saved_model(tmp_path / "m", kind, **window)
     habits = {"temperature": 0.1, "top_k": 5, "repetition_penalty": 1.5, "min_new_tokens": 7}
@@ -803,8 +784,7 @@ def test_sampler_and_scorer_agree(kind, tmp_path, monkeypatch):
 
 
 def test_chat_templates_and_tokenizers(tmp_path):
-    """The chat template is used where there is one, with one BOS, unless --raw-prompt; then the
-    tokenizer adds what it adds. The tiny model's knows all its signs, and no other."""
+    """The chat template with one BOS, or what the tokenizer adds. Unknown signs are an error."""
     cfg = rm.Config(model=saved_model(tmp_path / "m", chat=True), prompt="Q: {problem} {x}")
     raw = dataclasses.replace(cfg, raw_prompt=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
@@ -822,8 +802,8 @@ def test_chat_templates_and_tokenizers(tmp_path):
     )
     assert text("1?", raw) == "<s>Q: 1? {x}"
     assert text("1?", cfg) == "<s><user>Q: 1? {x} A:"
-    # A token more than the head has does no harm, as long as it does not occur.
-    model = saved_and_loaded(tmp_path / "turns", vocab_size=len(tokenizer) - 1)
+    folder = saved_model(tmp_path / "turns", vocab_size=len(tokenizer) - 1)  # one that never occurs
+    model, _ = rm.load_model(rm.Config(model=folder))
     assert rm.end_tokens(model, tokenizer) == {1}
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <user>.{% endfor %}"
     assert rm.end_tokens(model, tokenizer) == {1, 2}  # EOS, and what the template ends a turn with
@@ -835,8 +815,7 @@ def test_chat_templates_and_tokenizers(tmp_path):
 
 @pytest.mark.parametrize("opening", ["", "<think>", "<think>\\n"])
 def test_what_earns(opening, tmp_path, monkeypatch):
-    """An answer that is complete, after </think> where the template or the model opened a thought:
-    EOS is kept, though it is the pad token too. A tag in the problem opens nothing."""
+    """A complete answer, after </think> where the template or the model opened a thought."""
     cfg = rm.Config(model=saved_model(tmp_path / "m"))
     model, tokenizer = rm.load_model(cfg)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
@@ -851,10 +830,8 @@ def test_what_earns(opening, tmp_path, monkeypatch):
         ("</think>\\boxed{4}", "</s>", "wrong"),
         ("", "</s>", "no answer"),
     ]
-    responses = []
-    for text, end, _ in cases:
-        ids = tokenizer(text + end, add_special_tokens=False)["input_ids"]
-        responses.append(torch.tensor(ids))
+    ids = tokenizer([text + end for text, end, _ in cases], add_special_tokens=False)["input_ids"]
+    responses = [torch.tensor(row) for row in ids]
     monkeypatch.setattr(rm, "sample", lambda *_: responses)
     problems = [{"problem": "1+2, <think>", "answer": "3"}] * len(cases)
     found = rm.rollout(model, tokenizer, problems, cfg, 0, "test")
@@ -862,7 +839,6 @@ def test_what_earns(opening, tmp_path, monkeypatch):
         assert t["text"] == ("<think>" + text if opening else text)
         assert (t["verdict"], t["reward"]) == (verdict, verdict == "right")
         assert (t["ended"], t["length"]) == (end != "", len(t["response"]))
-    assert found[2]["found"] == "3"  # it was cut, or it would have counted
     assert rm.score(model, found)[2].sum(1).tolist() == [t["length"] for t in found]
 
 
@@ -893,8 +869,7 @@ def test_schedule_and_reuse(algo, rollouts, quick, monkeypatch):
             assert born == {step}
         elif step > 1:
             assert born != {step}
-        # Those that were born in a full buffer, and are gone from it.
-        uses.update(id(t) for t in batch if 3 <= t["step"] <= 9)
+        uses.update(id(t) for t in batch if 3 <= t["step"] <= 9)  # born in a full buffer, and gone
     assert fmean(uses.values()) == pytest.approx(4, abs=0.6)
     assert (set(uses.values()) == {4}) == (algo == "grpo")
 
@@ -992,31 +967,27 @@ def test_weights_that_are_missing_are_refused(tmp_path):
             rm.load_model(rm.Config(model=folder))
 
 
-def test_limits_under_their_names(tmp_path):
+def test_the_longest_text():
     """Where rotations depend on the longest text of the batch, the limit is the original one."""
-    long = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
-    long |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    rope = {"rope_parameters": long, "original_max_position_embeddings": 64}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(saved_model(tmp_path / "t"))
-    for kind, change in (("Phi3", rope), ("GPT2", {"max_position_embeddings": 64})):
-        model = saved_and_loaded(tmp_path / kind, kind, **change)
-        rm.check_prompts(model, tokenizer, [{"problem": "1"}], rm.Config(max_new_tokens=63))
-        with pytest.raises(rm.UserError, match="65 tokens, but the model reads 64;"):
-            rm.check_prompts(model, tokenizer, [{"problem": "1"}], rm.Config(max_new_tokens=64))
+    model, tokenizer = rm.make_model(0)
+    problems = [{"problem": "1"}, {"problem": "123"}]
+    for name, limit in (("max_position_embeddings", 99), ("original_max_position_embeddings", 30)):
+        setattr(model.config, name, limit)
+        rm.check_prompts(model, tokenizer, problems, rm.Config(max_new_tokens=limit - 4))
+        with pytest.raises(rm.UserError, match=f"{limit + 1} tokens, but the model reads {limit};"):
+            rm.check_prompts(model, tokenizer, problems, rm.Config(max_new_tokens=limit - 3))
 
 
 def test_evaluation_figures(tmp_path, monkeypatch, capsys):
-    """avg@n and its standard error, by hand; a row an answer, kept as soon as each problem has one
-    more; how many were right, wrong, no answer or cut, the best and the worst."""
-    problems = [{"problem": name, "answer": "5"} for name in "abcd"]
-    rewards = [[0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 0.5, 1], [1, 1, 0, 1]]  # a pass each
+    """avg@n, its standard error and the verdicts by hand; each pass is kept at once."""
+    problems = [{"problem": name, "answer": "5", "text": "5"} for name in "abcd"]
+    verdicts = {0: "cut", 0.5: "no answer", 1: "right"}
+    passes = []
+    for rewards in ([0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 0.5, 1], [1, 1, 0, 1]):
+        pairs = zip(problems, rewards, strict=True)
+        passes.append([p | {"reward": r, "verdict": verdicts[r]} for p, r in pairs])
     rollout = mock.Mock()
     monkeypatch.setattr(rm, "rollout", rollout)
-    passes = []
-    for each in rewards:
-        verdicts = {0: "cut", 0.5: "no answer", 1: "right"}
-        t = [p | {"text": "5", "reward": r, "verdict": verdicts[r]} for p, r in zip(problems, each)]
-        passes.append(t)
     cfg = rm.Config(eval_samples=4, out=str(tmp_path))
     rollout.side_effect = [*passes[:2], KeyboardInterrupt]
     with pytest.raises(KeyboardInterrupt):
@@ -1027,17 +998,16 @@ def test_evaluation_figures(tmp_path, monkeypatch, capsys):
     assert found["accuracy"] == pytest.approx(7.5 / 16)
     variance = fmean((x / 16 - 7.5 / 16) ** 2 for x in (4, 8, 2, 16))
     assert found["stderr"] == pytest.approx(math.sqrt(4 * variance + 1 / 4) / 5)
-    assert rows_of(tmp_path, "eval-00000.jsonl") == sum(passes, [])
-    purposes = [call.args[-1] for call in rollout.call_args_list[3:]]
-    assert len(set(purposes)) == 4  # each with random numbers of its own
-    shown = (
-        "  right 7, wrong 0, no answer 1, cut 8\n  1: 'd' -> '5' (gold 5)\n  0: 'a' -> '5' (gold"
-    )
+    assert len({call.args[-1] for call in rollout.call_args_list[3:]}) == 4  # other random numbers
+    shown = "  right 7, wrong 0, no answer 1, cut 8\n  1: 'd' -> '5' (gold 5)\n  0: 'a' -> "
     assert shown in capsys.readouterr().out
 
 
 def test_progress(monkeypatch, capsys):
-    """Where the run is: on a terminal at once, in a line that is cleared; else a line a minute."""
+    """On a terminal a line that is cleared, else one a minute. A block a step, or some 60."""
+    rows = [{"reward": i / 8} for i in range(8)]
+    assert rm.sparkline(rows, "reward") == "▁▂▃▄▅▆▇█" and rm.sparkline(rows[:1], "reward") == "▁"
+    assert 50 <= len(rm.sparkline(rows * 100, "reward")) <= 61
     clock = itertools.count(step=7)
     monkeypatch.setattr(rm.time, "time", lambda: next(clock))
 
@@ -1059,30 +1029,16 @@ def test_progress(monkeypatch, capsys):
     assert shown[-1] == "" and not shown[-2].strip() and {len(line) for line in shown[:-1]} == {79}
 
 
-def test_the_picture_at_the_end():
-    """One block a step, from 0 to the greatest; of a long run some 60."""
-    rows = [{"reward": i / 8} for i in range(8)]
-    assert rm.sparkline(rows, "reward") == "▁▂▃▄▅▆▇█" and rm.sparkline(rows[:1], "reward") == "▁"
-    assert 50 <= len(rm.sparkline(rows * 100, "reward")) <= 61
-
-
 def test_a_reward_of_ones_own(start, tmp_path, monkeypatch):
     """Any function of text and row, with the file's columns, also between 0 and 1; no answer."""
-    seen = []
-
-    def reward(text, row):
-        seen.append(row)
-        return len(text) / row["scale"]
-
-    monkeypatch.setattr(rm, "reward_function", reward)
+    monkeypatch.setattr(rm, "reward_function", lambda text, row: len(text) / row["scale"])
     file = json_lines(tmp_path / "p", [{"problem": f"{i}+1=?", "SCALE": 64} for i in range(10, 50)])
-    out = tmp_path / "out"
-    words = "--preset=toy --steps=2 --prompts=4 --rollouts=2 --updates=2"
-    files = {"model": start / "model", "data": file, "out": out}
-    assert rm.main([*words.split(), *flags(files)]) == 0
-    answers = rows_of(out, "eval-00002.jsonl")
+    words = ["--preset=toy", "--steps=2", "--prompts=4", "--rollouts=2", "--updates=2"]
+    files = {"model": start / "model", "data": file, "out": tmp_path / "out"}
+    assert rm.main([*words, *flags(files)]) == 0
+    answers = rows_of(tmp_path / "out", "eval-00002.jsonl")
     assert all(t["reward"] == t["ended"] * len(t["text"]) / 64 for t in answers)
-    assert 0 < rows_of(out)[1]["reward"] < 1 and seen[0]["scale"] == 64 and len(answers) == 4
+    assert 0 < rows_of(tmp_path / "out")[1]["reward"] < 1 and len(answers) == 4
 
 
 def test_it_learns_to_show_its_work(quick, monkeypatch):
@@ -1135,8 +1091,7 @@ def calm(quick, rewarded):
 
 @pytest.mark.parametrize("algo", ["reval", "grpo"])
 def test_a_run_leaves_its_record(algo, calm, quick, capsys):
-    """The files and the keys, with nothing half-written beside them. The same seed makes the same
-    run, to the bit, though one evaluates at each step."""
+    """Files and keys. A seed makes the same run to the bit, though one evaluates at each step."""
     plain = PLAIN | {"algo": algo}
     out = Path(calm(**plain))
     names = {"config.json", "metrics.jsonl", "checkpoint.pt", "model"}
@@ -1212,7 +1167,7 @@ def test_a_kill(tmp_path):
                 break
         time.sleep(0.05 * random.random())
         process.kill()
-        assert process.stderr.read() == b""
+        assert b"Traceback" not in process.stderr.read()
     (shaken,) = map(str, (tmp_path / "runs").iterdir())
     assert 5 < len(rows_of(shaken)) < 17
     calm = str(tmp_path / "calm")
@@ -1245,8 +1200,7 @@ def test_every_write_may_fail(where, name, at, goes_on, calm, quick, monkeypatch
 
 
 def test_broken_checkpoints_are_refused(calm, tmp_path, capsys):
-    """Truncated, tampered, foreign or hostile files, other problems or --algo: one line each, the
-    run stays as it was, and nothing is executed."""
+    """Truncated, foreign or hostile: one line, the run stays as it was, nothing is executed."""
     out = str(shutil.copytree(calm(**PLAIN), tmp_path / "out"))
     kept = content(out)
     for change in ("--algo=grpo", f"--seed={SEED + 1}"):
@@ -1316,10 +1270,14 @@ def no_reward(trajectories, cfg):
         t["signal"] = torch.tensor(0.0)
 
 
-def no_v(q, v, q_ref, v_ref, *how, plain=rm.reval_loss):
-    """reval_loss: log pi(response) - log pi_ref(response) - r / beta, eq. (8) of the paper."""
-    zero = torch.zeros_like(v)
-    return plain(q - v, zero, q_ref - v_ref, zero, *how)
+def centered(trajectories, cfg, plain=rm.add_signals):
+    """add_signals: the reward less the mean of its group."""
+    plain(trajectories, cfg)
+    for i in range(0, len(trajectories), cfg.rollouts):
+        group = trajectories[i : i + cfg.rollouts]
+        mean = fmean(t["reward"] for t in group)
+        for t in group:
+            t["signal"] = t["signal"] - mean
 
 
 def from_a_log(run, tokenizer, problems, cfg, step):
@@ -1336,13 +1294,29 @@ def from_a_log(run, tokenizer, problems, cfg, step):
     return drawn
 
 
+def late(run, fresh, cfg, step, delay, now, plain=rm.learn):
+    """learn: a batch arrives delay iterations after it was sampled. The reward that a step logs is
+    what the actors earn now. GRPO's ratio is to the policy that sampled, or to that of now."""
+    run.sent = [*getattr(run, "sent", []), fresh]
+    arrived = run.sent[: max(0, step - delay)]
+    if not arrived:
+        return {}
+    run.buffer.items = sum(arrived[-cfg.buffer :], [])
+    if now:
+        rm.cache_values(run.model, arrived[-1], cfg, "old")
+    return plain(run, arrived[-1], cfg, step - delay)
+
+
 # A variant is written as on the command line, without the dashes; these words in it put a function
 # of the above in the place of one of reval_min.
 CHANGES = {
     "no-reward": ("add_signals", no_reward),
-    "no-v": ("reval_loss", no_v),
+    "centered": ("add_signals", centered),
     "log": ("collect", from_a_log),
 }
+for n in (0, 48):
+    CHANGES[f"stale{n}"] = ("learn", functools.partial(late, delay=n, now=False))
+    CHANGES[f"stale{n}-now"] = ("learn", functools.partial(late, delay=n, now=True))
 # By method and updates K: the best of a sweep by factors of 2 on seeds 100 and 101.
 LR = {"reval": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 1.5e-4}, "tbrm": {8: 7.5e-5}}
 LR["grpo"] = {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4}
@@ -1354,19 +1328,28 @@ STUDIES = {
     "replay": [f"algo=reval updates={k}" for k in (8, 4, 2)]
     + [f"algo=reval updates={k} buffer=1" for k in (8, 4, 2, 1)]
     + [f"algo=grpo updates={k}" for k in (8, 4, 2, 1)],
-    "calibration": [REVAL, TBRM, f"{REVAL} no-v", f"{REVAL} no-reward", f"{TBRM} no-reward"],
-    "settings": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.2))]
-    + [f"{REVAL} buffer={n}" for n in (1, 30)]
-    + [f"{REVAL} ref-reset={n}" for n in (10, 5)],
-    # Less the mean of the 7 others is centered at 7/8 of beta.
-    "reward": [REVAL, f"{REVAL} reward=centered", f"{REVAL} reward=centered beta=0.04375"]
-    + [f"{REVAL} reward=centered beta=0.02", REVAL_1, f"{REVAL_1} reward=centered"],
+    "calibration": [REVAL, TBRM, f"{REVAL} no-reward", f"{TBRM} no-reward"],
+    "settings": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.2))],
+    "reward": [REVAL, f"{REVAL} centered", REVAL_1, f"{REVAL_1} centered"],
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO, GRPO_1)]
     + [REVAL, GRPO, GRPO_1],
-    "off-policy": [LOG, f"{LOG} log", f"{GRPO} buffer=30 log"],
+    "off-policy": [LOG, f"{LOG} log", f"{GRPO} buffer=30 log"]
+    + [f"{GRPO} buffer=30 log prompts=128 rollouts=1"],
     "real": ["algo=reval updates=2", "algo=reval updates=2 lr=2e-5", "algo=grpo updates=2"]
     + ["algo=grpo updates=2 lr=2e-5", "algo=reval updates=1 buffer=1 lr=2e-5", GRPO_1],
 }
+# 16 responses an iteration, which arrive n iterations late; 80 iterations learn. One response to a
+# problem leaves GRPO the plain reward as its advantage. For each method its best rate.
+METHODS = [("reval", 4, 4, ""), ("reval", 1, 4, ""), ("reval", 4, 16, ""), ("grpo", 4, 4, "")]
+METHODS += [("grpo", 1, 4, ""), ("grpo", 4, 16, ""), ("grpo", 1, 16, ""), ("grpo", 4, 16, "-now")]
+RATES = {0: [1.5e-4, 6e-4, 1.5e-4, 1.5e-4, 3e-4, 3e-4, 3e-4]}  # here "now" is when it was sampled
+RATES[48] = [3e-4, 3e-4, 3e-4, 1.5e-4, 3e-4, 1.5e-4, 3e-4, 1.5e-4]
+for n, rates in RATES.items():
+    common = f"buffer=40 warmup=7 half-life=40 steps={80 + n} stale{n}"
+    STUDIES[f"stale{n}"] = [
+        f"algo={algo} updates={k} prompts={prompts} rollouts={16 // prompts} {common}{now} lr={lr}"
+        for (algo, k, prompts, now), lr in zip(METHODS, rates, strict=False)
+    ]
 # The first 320 responses of README's example, with the model and the problems that it has made.
 REAL = shlex.split(
     "--preset=small --model=smollm2 --data=larger.jsonl --steps=10 --rollouts=4 --raw-prompt "
@@ -1389,7 +1372,7 @@ def cell(args, variant, factor, seed):
     else:
         start = f"--model={args.out}/start{seed}/model"
         cfg = config_of(variant, "--preset=toy", start, f"--seed={seed}")
-        lr = factor * LR[cfg.algo][cfg.updates]
+        lr = factor * (cfg.lr if "lr=" in variant else LR[cfg.algo][cfg.updates])
     words = [word for word in variant.split() if not word.startswith("lr=")]
     out = f"{args.out}/{','.join(words)},lr={lr:g},seed={seed}"
     return dataclasses.replace(cfg, lr=lr, out=out, eval_every=1000, save_every=1000)
@@ -1439,7 +1422,6 @@ def study(args):
         row["cpu s"] = [float(Path(cfg.out, "cpu_seconds").read_text()) for cfg, _ in group]
         curves.append([round(fmean(x), 2) for x in zip(*rewards, strict=True)])
     print_table(table)
-    # A picture that GitHub draws; it has no legend.
     print(f'```mermaid\nxychart-beta\n    x-axis "iteration" 1 --> {len(curves[0])}')
     print('    y-axis "reward, mean of the seeds" 0 --> 1')
     print("\n".join(f"    line {curve}" for curve in curves) + "\n```")
@@ -1463,11 +1445,12 @@ def solve(start, variant, problem, seed):
     if result.exists():
         return json.loads(result.read_text())
     words = ["--preset=toy", f"--model={start}/model", f"--seed={seed}"]
-    cfg = config_of(f"{variant} prompts=1 warmup=2 half-life=0", *words)
+    cfg = config_of(f"prompts=1 warmup=2 half-life=0 {variant}", *words)
     model, tokenizer = rm.load_model(cfg)
     run = rm.Run(cfg, model, [])
     for step in range(1, ROUNDS + 1):
-        fresh = rm.collect(run, tokenizer, [problem] * cfg.rollouts, cfg, step)
+        asked = [problem] * cfg.prompts * cfg.rollouts
+        fresh = rm.collect(run, tokenizer, asked, cfg, step)
         rm.learn(run, fresh, cfg, step)
         if success(model, tokenizer, [problem], 64, seed, step)[0] >= 0.95:
             break
@@ -1477,7 +1460,7 @@ def solve(start, variant, problem, seed):
 
 def one_prompt(args, seeds):
     """The paper's Figures 2 and 3: rounds of 8 responses until a problem is solved, for three of
-    each difficulty, at a method's best rate. The start has more written work, or none were easy."""
+    each difficulty. The start has more written work, or none were easy."""
     start = f"{args.out}/one-prompt-start"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rm, "WRITTEN_SHARE", 0.4)
@@ -1486,20 +1469,14 @@ def one_prompt(args, seeds):
     problems = rm.load_problems(rm.Config())[0][:300]
     shares = success(model, tokenizer, problems, 128, 0, 0)
     chosen = []
-    for name, level in DIFFICULTIES.items():
+    for level in DIFFICULTIES.values():
         nearest = sorted((abs(share - level), i) for i, share in enumerate(shares))[:3]
         chosen += [problems[i] for _, i in nearest]
-        base = success(model, tokenizer, chosen[-3:], 256, 0, 0)
-        print(f"base success, {name}: {', '.join(f'{share:.2f}' for share in base)}")
     cases = list(itertools.product(chosen, seeds))
     table = []
-    for method in args.only or [GRPO_1, GRPO, *(f"algo=reval updates={k}" for k in (1, 2, 4, 8))]:
-        tried = []  # total of the rounds, variant, and the rounds, case by case
-        for factor in args.lr_factors:
-            variant = f"{method} lr={factor * 3e-4:g}"
-            rounds = in_processes(solve, [(start, variant, *case) for case in cases], args.jobs)
-            tried.append((sum(rounds), variant, rounds))
-        _, variant, rounds = min(tried)
+    for method in args.only or [GRPO_1, GRPO, f"{GRPO} prompts=8 rollouts=1", REVAL_1, REVAL]:
+        variant = f"{method} lr={args.lr_factors[0] * 3e-4:g}"
+        rounds = in_processes(solve, [(start, variant, *case) for case in cases], args.jobs)
         row = {"variant": variant, f"{ROUNDS} rounds": rounds.count(ROUNDS)}
         for i, name in enumerate(DIFFICULTIES):
             row[name] = rounds[i * len(cases) // 3 : (i + 1) * len(cases) // 3]
@@ -1510,56 +1487,7 @@ def one_prompt(args, seeds):
     print_table(table)
 
 
-# ---- Evidence: bench, and the trainer of the README ----------------------------------------------
-
-GPU = torch.cuda.is_available()
-
-
-def measure():
-    """Seconds, and the most bytes so far, of the GPU if there is one, else of this process."""
-    if GPU:
-        torch.cuda.synchronize()
-        return time.perf_counter(), torch.cuda.max_memory_allocated()
-    import resource  # not there on Windows
-
-    return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def bench_q(form, N, D, A=151_936):
-    """Q and V of N states, and back. -> seconds; MB beside operands and gradients; error"""
-    torch.manual_seed(0)
-    how = {"device": "cpu", "dtype": torch.float32}
-    if GPU:
-        how = {"device": "cuda", "dtype": torch.bfloat16}
-    hidden = torch.randn(N, D, **how).requires_grad_()
-    weight = torch.randn(A, D, **how).mul_(3 * D**-0.5).requires_grad_()
-    actions = torch.randint(A, (N,), device=hidden.device)
-    hidden @ weight[:9].T  # cuBLAS takes its workspace
-    _, before = measure()
-    seconds = []
-    for _ in range(3):
-        hidden.grad = weight.grad = None
-        begin, _ = measure()
-        q, v = form(hidden, weight, actions)
-        (q - v).sum().backward()
-        end, peak = measure()
-        seconds.append(end - begin)
-    extra = (peak - before - hidden.nbytes - weight.nbytes) / 1e6
-    q, v = form(hidden[:64], weight, actions[:64])
-    exact_q, exact_v = rm.plain_q_and_v(hidden[:64].double(), weight.double(), actions[:64])
-    error = (q - v - exact_q + exact_v).abs().max().item()
-    row = {"form": form.__name__, "N": N, "D": D}
-    return row | {"s": min(seconds), "extra MB": extra, "error": error}
-
-
-def bench(args):
-    """q_from_logits and the plain form, each in a process of its own."""
-    name = torch.cuda.get_device_name() if GPU else "CPU, 1 thread"
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    N, D = (16384, 1536) if GPU else (2048, 896)
-    forms = (rm.plain_q_and_v, rm.q_from_logits)
-    print_table([in_processes(bench_q, [(form, N, D)])[0] for form in forms])
-
+# ---- Evidence: the trainer of the README ---------------------------------------------------------
 
 TRL = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 TRL |= {"max_completion_length": 12, "max_steps": 4, "learning_rate": 3e-2, "max_grad_norm": 0}
@@ -1567,15 +1495,14 @@ TRL |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tq
 
 
 def compare_trl(args):
-    """README's trainer for more than one GPU, on a tiny model in args.out, two updates without
-    reward and two with it: each gradient is that of `gradient`, on the responses of all ranks."""
+    """README's trainer: each gradient is that of `gradient` on the responses of all ranks."""
     import trl
     from accelerate.utils import gather_object
 
     plain = trl.GRPOConfig
     trl.GRPOConfig = lambda out, **settings: plain(out, **(settings | TRL))
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)trainer.train\(\)\n```", text, re.DOTALL)[1]
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
+    (code,) = (block.replace("trainer.train()", "") for block in blocks if "trl" in block)
     names = {}
     os.chdir(args.out)
     exec(code.replace("MODEL", "model"), names)  # all of it but the last line
@@ -1606,7 +1533,6 @@ def compare_trl(args):
             norm = row["grad_norm"]
             expected = flat_grad(model.parameters()) * max(1, norm)
             off = (flat_grad(trainer.model.parameters()) - expected).norm().item()
-            print(f"off by {off:.2g}: {row}", flush=True)
             signals = {t["signal"].item() for t in batch}
             if trainer_state.global_step < 2:
                 assert signals == {0} and max(off, norm, row["residual"]) < 1e-5
@@ -1624,8 +1550,7 @@ def compare_trl(args):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_trainer_of_the_readme(ranks, tmp_path):
-    """Its gradient is that of reval_loss on the responses of all ranks, in micro-batches, with
-    padding on the left and after updates; without reward it is 0. What was cut earns nothing."""
+    """Its gradient, after updates too, is that of `gradient`; without reward it is 0."""
     pytest.importorskip("trl")
     saved_model(tmp_path / "model", "Qwen2")
     transformers.GenerationConfig(eos_token_id=[*range(1, 40)]).save_pretrained(tmp_path / "model")
@@ -1644,12 +1569,13 @@ def test_studies_run(tmp_path, monkeypatch, capsys):
     problem = {"problem": "56+34+12=?", "answer": "102"}
     monkeypatch.setattr(rm, "load_problems", lambda cfg: ([problem], [problem]))
     variant = "algo=reval updates=1 steps=1 prompts=2 rollouts=2"
-    monkeypatch.setitem(STUDIES, "reward", [variant, f"{variant} no-reward"])
+    monkeypatch.setitem(STUDIES, "reward", [variant, f"{variant} stale0"])  # nothing is late
     monkeypatch.setattr(rm, "distill", lambda *_: None)
     argv = ["study", "reward", "--seeds=2", f"--out={tmp_path}"]
     main(argv)
     printed = capsys.readouterr().out
-    assert printed.count("| algo=reval") == 2
+    rows = [line.split("|")[2:6] for line in printed.splitlines() if line.startswith("| algo=")]
+    assert len(rows) == 2 and rows[0] == rows[1]
     monkeypatch.setattr(rm, "train", None)
     main(argv)
     assert capsys.readouterr().out == printed
@@ -1658,7 +1584,7 @@ def test_studies_run(tmp_path, monkeypatch, capsys):
 def main(argv):
     parser = argparse.ArgumentParser(description="The evidence behind the README's tables.")
     add = parser.add_argument
-    add("command", choices=["study", "bench", "trl"])
+    add("command", choices=["study", "trl"])
     add("name", nargs="?", default="replay", choices=[*STUDIES, "one-prompt"], help="of a study")
     add("--seeds", type=int, default=5, help="how many (default 5)")
     add("--first-seed", type=int, default=0, help="(default 0)")
@@ -1667,7 +1593,7 @@ def main(argv):
     add("--jobs", type=int, default=1, help="processes side by side (default 1)")
     add("--out", default="runs/evidence", help="finished runs are kept here")
     args = parser.parse_args(argv)
-    {"study": study, "bench": bench, "trl": compare_trl}[args.command](args)
+    {"study": study, "trl": compare_trl}[args.command](args)
 
 
 if __name__ == "__main__":
