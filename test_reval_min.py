@@ -719,7 +719,6 @@ def test_refusals(tmp_path, monkeypatch, capsys):
         ("line", b'{"problem": "a", "answer": "1"}\n\n{"problem":', "no JSON lines; line 3"),
         ("open", b'[{"problem": "a"}, 1]', "1 with no answer (or final_answer; 1 with no problem"),
         ("one", b'{"problem": "a", "answer": "1"}', "nothing is left to train on"),
-        ("deep", b"[" * 10**5, "no JSON lines"),
     ):
         Path(name).write_bytes(content)
         error = refusal(["--model", "m", "--data", name], capsys)
@@ -912,8 +911,7 @@ def test_real_models_train_from_disk(kind, device, rewarded, monkeypatch, tmp_pa
     assert model.dtype == {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
     assert model.generation_config.eos_token_id == [1, 5, 6]
     old = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-    weights = zip(old.parameters(), model.parameters(), strict=True)
-    assert any(not torch.equal(a, b) for a, b in weights)
+    assert not torch.equal(old.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("kind, noise", [("Qwen2", "attention_dropout"), ("Mixtral", "jitter")])
@@ -935,13 +933,11 @@ def test_checkpointing_and_noise_change_nothing(kind, noise, tmp_path, monkeypat
     assert torch.equal(*found)
 
 
-UNFIT = [("Gemma2", {}), ("Cohere", {"logit_scale": 0.1}), ("Granite", {"logits_scaling": 8})]
-
-
-@pytest.mark.parametrize("kind, changes", [*UNFIT, ("Phi", {}), ("Rwkv", {})])
-def test_models_that_do_not_fit_are_refused(kind, changes, tmp_path):
+@pytest.mark.parametrize("kind", ["Gemma2", "Cohere", "Granite", "Phi", "Rwkv"])
+def test_models_that_do_not_fit_are_refused(kind, tmp_path):
     """Soft caps, scales, biases after hidden @ lm_head.T, and models without a cache."""
-    folder = saved_model(tmp_path / "m", kind, initializer_range=1.0, **changes)
+    scales = {"logit_scale": 0.1, "logits_scaling": 8}  # each is known to one of them
+    folder = saved_model(tmp_path / "m", kind, initializer_range=1.0, **scales)
     cause = "not hidden @ lm_head"
     if kind == "Phi":  # its bias is 0 at first
         file = f"{folder}/model.safetensors"
@@ -1322,24 +1318,19 @@ LR = {"reval": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 1.5e-4}, "tbrm": {8: 7.5e-5}}
 LR["grpo"] = {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4}
 REVAL, REVAL_1 = "algo=reval updates=8", "algo=reval updates=1 buffer=1"
 GRPO, GRPO_1 = "algo=grpo updates=8", "algo=grpo updates=1"
-TBRM = "algo=tbrm updates=8"
-LOG = f"{REVAL} buffer=30"
+TBRM, LOG = "algo=tbrm updates=8", f"{REVAL} buffer=30"
 STUDIES = {
     "replay": [f"algo=reval updates={k}" for k in (8, 4, 2)]
     + [f"algo=reval updates={k} buffer=1" for k in (8, 4, 2, 1)]
     + [f"algo=grpo updates={k}" for k in (8, 4, 2, 1)],
     "calibration": [REVAL, TBRM, f"{REVAL} no-reward", f"{TBRM} no-reward"],
-    "settings": [REVAL, *(f"{REVAL} beta={beta}" for beta in (0.005, 0.02, 0.2))],
-    "reward": [REVAL, f"{REVAL} centered", REVAL_1, f"{REVAL_1} centered"],
-    "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO, GRPO_1)]
-    + [REVAL, GRPO, GRPO_1],
+    "reward": [REVAL, f"{REVAL} centered"],
+    "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO)],
     "off-policy": [LOG, f"{LOG} log", f"{GRPO} buffer=30 log"]
     + [f"{GRPO} buffer=30 log prompts=128 rollouts=1"],
-    "real": ["algo=reval updates=2", "algo=reval updates=2 lr=2e-5", "algo=grpo updates=2"]
-    + ["algo=grpo updates=2 lr=2e-5", "algo=reval updates=1 buffer=1 lr=2e-5", GRPO_1],
+    "real": ["algo=reval updates=2 lr=2e-5", "algo=grpo updates=2 lr=2e-5"],
 }
-# 16 responses an iteration, which arrive n iterations late; 80 iterations learn. One response to a
-# problem leaves GRPO the plain reward as its advantage. For each method its best rate.
+# 16 responses an iteration arrive n iterations late; 80 iterations learn, at a method's best rate.
 METHODS = [("reval", 4, 4, ""), ("reval", 1, 4, ""), ("reval", 4, 16, ""), ("grpo", 4, 4, "")]
 METHODS += [("grpo", 1, 4, ""), ("grpo", 4, 16, ""), ("grpo", 1, 16, ""), ("grpo", 4, 16, "-now")]
 RATES = {0: [1.5e-4, 6e-4, 1.5e-4, 1.5e-4, 3e-4, 3e-4, 3e-4]}  # here "now" is when it was sampled
@@ -1560,6 +1551,15 @@ def test_the_trainer_of_the_readme(ranks, tmp_path):
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # or a thread of trl's reports its use
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
     assert len(list(tmp_path.glob("rank*"))) == ranks, done.stderr
+
+
+def test_late_batches():
+    """Nothing is learnt until a batch has arrived; the buffer holds the newest that have."""
+    run, plain = mock.Mock(sent=[]), mock.Mock()
+    for step in (1, 2, 3, 4, 5):
+        late(run, [step], rm.Config(buffer=2), step, 2, False, plain)
+    assert [call.args[1::2] for call in plain.call_args_list] == [([1], 1), ([2], 2), ([3], 3)]
+    assert run.buffer.items == [2, 3]
 
 
 def test_studies_run(tmp_path, monkeypatch, capsys):
