@@ -7,7 +7,7 @@ softmax(Q(s, .)) is the policy, with log pi(a|s) = Q(s, a) - V(s). Training make
 over a response, a Bellman equation. Whether it does can be checked on *any* response, whoever wrote
 it: so old ones are used again, from a replay buffer, without importance weights.
 
-    python reval_min.py                     the built-in task, on a laptop: a minute or two
+    python reval_min.py                     the built-in task, on a laptop: two or three minutes
     python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
     python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: untested

@@ -1328,7 +1328,7 @@ STUDIES = {
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO)],
     "off-policy": [LOG, f"{LOG} log", f"{GRPO} buffer=30 log"]
     + [f"{GRPO} buffer=30 log prompts=128 rollouts=1"],
-    "real": ["algo=reval updates=2 lr=2e-5", "algo=grpo updates=2 lr=2e-5"],
+    "real": [f"algo={x} lr=2e-5" for x in ("reval", "grpo", "grpo prompts=32 rollouts=1")],
 }
 # 16 responses an iteration arrive n iterations late; 80 iterations learn, at a method's best rate.
 METHODS = [("reval", 4, 4, ""), ("reval", 1, 4, ""), ("reval", 4, 16, ""), ("grpo", 4, 4, "")]
