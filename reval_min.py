@@ -868,8 +868,8 @@ def read_problems(path):
 
 
 def load_problems(cfg):
-    """-> (problems to train on, held-out problems), two lists of {"problem", "answer"}. Held out
-    are those of --eval-data, else a tenth of --data; at most eval_problems, never trained on."""
+    """-> (problems to train on, held-out problems), two lists of rows with "problem" and "answer".
+    Held out are those of --eval-data, else a tenth; at most eval_problems, never trained on."""
     generator = rng(cfg.seed, 0, "problems")
     if not (cfg.data or cfg.eval_data):
         problems = [make_problem(generator, held_out=False) for _ in range(10_000)]

@@ -1310,9 +1310,6 @@ CHANGES = {
     "centered": ("add_signals", centered),
     "log": ("collect", from_a_log),
 }
-for n in (0, 48):
-    CHANGES[f"stale{n}"] = ("learn", functools.partial(late, delay=n, now=False))
-    CHANGES[f"stale{n}-now"] = ("learn", functools.partial(late, delay=n, now=True))
 # By method and updates K: the best of a sweep by factors of 2 on seeds 100 and 101.
 LR = {"reval": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 1.5e-4}, "tbrm": {8: 7.5e-5}}
 LR["grpo"] = {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4}
@@ -1336,6 +1333,8 @@ METHODS += [("grpo", 1, 4, ""), ("grpo", 4, 16, ""), ("grpo", 1, 16, ""), ("grpo
 RATES = {0: [1.5e-4, 6e-4, 1.5e-4, 1.5e-4, 3e-4, 3e-4, 3e-4]}  # here "now" is when it was sampled
 RATES[48] = [3e-4, 3e-4, 3e-4, 1.5e-4, 3e-4, 1.5e-4, 3e-4, 1.5e-4]
 for n, rates in RATES.items():
+    CHANGES[f"stale{n}"] = ("learn", functools.partial(late, delay=n, now=False))
+    CHANGES[f"stale{n}-now"] = ("learn", functools.partial(late, delay=n, now=True))
     common = f"buffer=40 warmup=7 half-life=40 steps={80 + n} stale{n}"
     STUDIES[f"stale{n}"] = [
         f"algo={algo} updates={k} prompts={prompts} rollouts={16 // prompts} {common}{now} lr={lr}"
@@ -1465,8 +1464,9 @@ def one_prompt(args, seeds):
         chosen += [problems[i] for _, i in nearest]
     cases = list(itertools.product(chosen, seeds))
     table = []
-    for method in args.only or [GRPO_1, GRPO, f"{GRPO} prompts=8 rollouts=1", REVAL_1, REVAL]:
-        variant = f"{method} lr={args.lr_factors[0] * 3e-4:g}"
+    methods = args.only or [GRPO_1, GRPO, f"{GRPO} prompts=8 rollouts=1", REVAL_1, REVAL]
+    for method, factor in itertools.product(methods, args.lr_factors):
+        variant = f"{method} lr={factor * 3e-4:g}"
         rounds = in_processes(solve, [(start, variant, *case) for case in cases], args.jobs)
         row = {"variant": variant, f"{ROUNDS} rounds": rounds.count(ROUNDS)}
         for i, name in enumerate(DIFFICULTIES):
