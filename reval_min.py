@@ -452,15 +452,15 @@ def learn(run, fresh, cfg, step):
     rise = min(1.0, step / max(1, cfg.warmup))
     decay = 0.5 ** (step / cfg.half_life) if cfg.half_life else 1.0
     run.optimizer.param_groups[0]["lr"] = cfg.lr * rise * decay
-    figures = []
+    figures = {}
     for k in progress(range(cfg.updates), "update"):
         batch = fresh
         if k > 0 and cfg.algo != "grpo":
             draw = (step - 1) * (cfg.updates - 1) + k  # the first of the run is number 1
             batch = run.buffer.sample(len(fresh), rng(cfg.seed, draw, "replay"))
-        figures.append(gradient(run.model, run.masters, batch, cfg))
+        figures = gradient(run.model, run.masters, batch, cfg) | figures  # the first ones stay
         update(run.model, run.masters, run.optimizer)
-    return figures[0]
+    return figures
 
 
 def train(cfg):
@@ -566,8 +566,8 @@ def make_model(seed):
 def end_tokens(model, tokenizer):
     """The ids that end a response, as a set: the tokenizer's EOS, those that the model names, and
     what the chat template writes after an answer. Only special or added tokens can be one."""
-    named = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    named = np.atleast_1d(model.generation_config.eos_token_id)  # one id, or a list
+    ends = {tokenizer.eos_token_id, *named.tolist()}
     chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     with contextlib.suppress(Exception):  # no template, or one that encode_prompts will refuse
         tail = tokenizer.apply_chat_template(chat, tokenize=False).partition("ANSWER")[2]
@@ -590,10 +590,11 @@ def load_model(cfg):
         if info["missing_keys"]:  # they would be made at random
             raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         model.to(cfg.device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each length of text
         if not hasattr(model.config.get_text_config(), "num_attention_heads"):
             raise ValueError("it has no cache of keys and values")
         tokens = torch.arange(8, device=model.device)  # [8]
-        _, v, _ = score(model, [{"prompt": tokens[:7], "response": tokens[7:]}])  # [1, 1]
+        v = score(model, [{"prompt": tokens[:7], "response": tokens[7:]}])[1]  # [1, 1]
         logits = model(input_ids=tokens[None, :7]).logits[0, -1].float()  # [A]
         if not (logits.logsumexp(0) - v).abs() < 0.1:  # there is a bias, a scale, a soft cap, a nan
             raise ValueError("its logits are not hidden @ lm_head.T")
@@ -846,10 +847,10 @@ def read_problems(path):
         rows = json.loads(text)
     problems = {}
     left_out = []  # reasons
-    for row in rows:
-        fields = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        problem = fields.get("problem") or fields.get("question")
-        answer = find_answer(fields)
+    for item in rows:
+        row = {key.lower(): value for key, value in item.items()} if isinstance(item, dict) else {}
+        problem = row.get("problem") or row.get("question")
+        answer = find_answer(row)
         words = tuple(problem.split()) if isinstance(problem, str) else ()
         if not words:
             left_out.append("no problem (or question)")
@@ -858,7 +859,7 @@ def read_problems(path):
         elif words in problems:  # it might be both trained on and held out
             left_out.append("a problem that was there")
         else:
-            problems[words] = fields | {"problem": problem, "answer": answer}
+            problems[words] = row | {"problem": problem, "answer": answer or row.get("answer")}
     reasons = ", ".join(f"{left_out.count(why)} with {why}" for why in dict.fromkeys(left_out))
     if not problems:
         raise UserError(f"{path}: no row can be used: {reasons or 'there is none'}")
@@ -1063,7 +1064,7 @@ def split_list(text):
     items, depth = [""], 0
     for sign in text:
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(sign, 0)
-        if sign in ",;" and depth == 0:
+        if sign in ",;" and not depth:
             items.append("")
         else:
             items[-1] += sign
@@ -1233,8 +1234,8 @@ def evaluate(model, tokenizer, problems, cfg, step):
     verdicts = [t["verdict"] for t in answers]
     counts = map(verdicts.count, ("right", "wrong", "no answer", "cut"))
     print("  right {}, wrong {}, no answer {}, cut {}".format(*counts))
-    order = sorted(answers, key=lambda t: t["reward"])
-    for t in (order[-1], order[0]):
+    for extreme in (max, min):
+        t = extreme(answers, key=lambda t: t["reward"])
         print(
             f"  {t['reward']:g}: {t['problem']!r:.99} -> {t['text'][-99:]!r} (gold {t['answer']})"
         )

@@ -641,7 +641,7 @@ def test_reading_problems(tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps(rows), encoding="utf-8-sig")  # an array, after a byte-order mark
     assert rm.read_problems(file) == expected
     monkeypatch.setattr(rm, "reward_function", lambda text, row: 1)
-    first = {"problem": "q", "answer": None, "solution": "It follows."}
+    first = {"problem": "q", "answer": ["1", "2"], "solution": "It follows."}  # as the file has it
     assert rm.read_problems(file) == [first, *expected]
     # Single backslashes, one in three right; a copy but for white space; as PowerShell writes it.
     text = r"""{"problem": "Is \theta \\in \sin?\nequal: \"\times\"", "answer": "\frac{1}{2}"}
@@ -1277,11 +1277,11 @@ def centered(trajectories, cfg, plain=rm.add_signals):
 
 
 def from_a_log(run, tokenizer, problems, cfg, step):
-    """collect: samples nothing; all data are what LOG's run of this seed left."""
+    """collect: samples nothing; all data are what the log's run of this seed left."""
     if step == 1:
-        folder = f"{LOG.replace(' ', ',')},lr={LR['reval'][8]:g},seed={cfg.seed}"
-        state = torch.load(f"{Path(cfg.out).parent}/{folder}/checkpoint.pt", weights_only=True)
-        run.buffer.items = state["buffer"]
+        log = (REAL_LOG if cfg.data else LOG).replace(" ", ",")
+        file = Path(cfg.out).parent / f"{log},seed={cfg.seed}/log.pt"
+        run.buffer.items = torch.load(file, weights_only=True)
         rm.add_signals(run.buffer.items, cfg)
         rm.cache_values(run.reference, run.buffer.items, cfg, "ref")
     drawn = run.buffer.sample(len(problems), rm.rng(cfg.seed, step, "log"))
@@ -1315,7 +1315,8 @@ LR = {"reval": {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 1.5e-4}, "tbrm": {8: 7.5e-5}}
 LR["grpo"] = {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4}
 REVAL, REVAL_1 = "algo=reval updates=8", "algo=reval updates=1 buffer=1"
 GRPO, GRPO_1 = "algo=grpo updates=8", "algo=grpo updates=1"
-TBRM, LOG = "algo=tbrm updates=8", f"{REVAL} buffer=30"
+TBRM, LOG = "algo=tbrm updates=8", f"{REVAL} buffer=30 lr=0.00015"
+REAL_LOG, REAL_PLAIN = "algo=reval buffer=10 lr=2e-05", "algo=grpo prompts=32 rollouts=1 lr=2e-05"
 STUDIES = {
     "replay": [f"algo=reval updates={k}" for k in (8, 4, 2)]
     + [f"algo=reval updates={k} buffer=1" for k in (8, 4, 2, 1)]
@@ -1323,22 +1324,25 @@ STUDIES = {
     "calibration": [REVAL, TBRM, f"{REVAL} no-reward", f"{TBRM} no-reward"],
     "reward": [REVAL, f"{REVAL} centered"],
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO)],
-    "off-policy": [LOG, f"{LOG} log", f"{GRPO} buffer=30 log"]
+    "off-policy": [LOG, f"{REVAL} buffer=30 log", f"{GRPO} buffer=30 log"]
     + [f"{GRPO} buffer=30 log prompts=128 rollouts=1"],
-    "real": [f"algo={x} lr=2e-5" for x in ("reval", "grpo", "grpo prompts=32 rollouts=1")],
+    "real": [REAL_LOG, "algo=grpo lr=2e-05", REAL_PLAIN],
+    "real-log": [REAL_LOG] + [f"{x} log" for x in (REAL_LOG, "algo=grpo lr=2e-05", REAL_PLAIN)],
+    "real-late": [f"{REAL_LOG} steps=14 stale4", "algo=grpo lr=2e-05 steps=14 stale4"]
+    + [f"{REAL_PLAIN} steps=14 stale4-now"],
 }
-# 16 responses an iteration arrive n iterations late; 80 iterations learn, at a method's best rate.
-METHODS = [("reval", 4, 4, ""), ("reval", 1, 4, ""), ("reval", 4, 16, ""), ("grpo", 4, 4, "")]
-METHODS += [("grpo", 1, 4, ""), ("grpo", 4, 16, ""), ("grpo", 1, 16, ""), ("grpo", 4, 16, "-now")]
-RATES = {0: [1.5e-4, 6e-4, 1.5e-4, 1.5e-4, 3e-4, 3e-4, 3e-4]}  # here "now" is when it was sampled
-RATES[48] = [3e-4, 3e-4, 3e-4, 1.5e-4, 3e-4, 1.5e-4, 3e-4, 1.5e-4]
-for n, rates in RATES.items():
+for n in (0, 4, 16, 48, 96):
     CHANGES[f"stale{n}"] = ("learn", functools.partial(late, delay=n, now=False))
     CHANGES[f"stale{n}-now"] = ("learn", functools.partial(late, delay=n, now=True))
+# 16 responses an iteration arrive n iterations late; 80 iterations learn, at a method's best rate.
+METHODS = [("reval", 4, 4, ""), ("grpo", 1, 4, ""), ("grpo", 1, 16, ""), ("grpo", 4, 16, "-now")]
+RATES = {0: [1.5e-4, 3e-4, 3e-4, 3e-4], 16: [3e-4, 3e-4, 3e-4, 3e-4]}
+RATES |= {48: [3e-4, 3e-4, 3e-4, 1.5e-4], 96: [3e-4, 3e-4, 3e-4, 3e-4]}
+for n, rates in RATES.items():
     common = f"buffer=40 warmup=7 half-life=40 steps={80 + n} stale{n}"
     STUDIES[f"stale{n}"] = [
         f"algo={algo} updates={k} prompts={prompts} rollouts={16 // prompts} {common}{now} lr={lr}"
-        for (algo, k, prompts, now), lr in zip(METHODS, rates, strict=False)
+        for (algo, k, prompts, now), lr in zip(METHODS, rates, strict=True)
     ]
 # The first 320 responses of README's example, with the model and the problems that it has made.
 REAL = shlex.split(
@@ -1356,7 +1360,7 @@ def config_of(variant, *words):
 
 def cell(args, variant, factor, seed):
     """The Config of one run of a study, in a folder named after it, as studies share their runs."""
-    if args.name == "real":
+    if args.name.startswith("real"):
         cfg = config_of(variant, *REAL, f"--seed={seed}")
         lr = factor * cfg.lr
     else:
@@ -1379,6 +1383,8 @@ def run_cell(cfg, variant):
         for word in CHANGES.keys() & variant.split():
             patch.setattr(rm, *CHANGES[word])
         rm.train(cfg)
+    state = torch.load(f"{cfg.out}/checkpoint.pt", "cpu", weights_only=True, mmap=True)
+    torch.save(state["buffer"], f"{cfg.out}/log.pt")
     for file in Path(cfg.out).rglob("*"):
         if file.stat().st_size > 1e8:
             file.unlink()  # the checkpoint and the weights of a real model
@@ -1390,7 +1396,7 @@ def study(args):
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.name == "one-prompt":
         return one_prompt(args, seeds)
-    if args.name != "real":
+    if not args.name.startswith("real"):
         in_processes(warm_start, [(f"{args.out}/start{seed}", seed) for seed in seeds], args.jobs)
     groups = []  # the runs of a row of the table, one a seed
     for variant, factor in itertools.product(args.only or STUDIES[args.name], args.lr_factors):
