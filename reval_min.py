@@ -290,15 +290,15 @@ class Config:
     raw_prompt: bool = False  # do without the tokenizer's chat template
     # Method
     algo: Literal["reval", "tbrm", "grpo"] = "reval"  # the loss
-    steps: int = 30  # iterations; 0 only evaluates
+    steps: int = 50  # iterations; 0 only evaluates
     prompts: int = 16  # problems per iteration
-    rollouts: int = 8  # responses per problem
-    updates: int = 8  # gradient steps per iteration: K
-    buffer: int = 15  # replay buffer, in batches of prompts x rollouts
+    rollouts: int = 4  # responses per problem
+    updates: int = 4  # gradient steps per iteration: K
+    buffer: int = 30  # replay buffer, in batches of prompts x rollouts
     beta: float = 0.05  # price, in reward, of a nat of KL from the reference
     lr: float = 1.5e-4  # learning rate
     warmup: int = 5  # iterations over which the learning rate rises
-    half_life: int = 15  # iterations in which it halves; 0: it stays
+    half_life: int = 25  # iterations in which it halves; 0: it stays
     ref_reset: int = 0  # iterations between resets of the reference; 0: none
     distill_steps: int = 1600  # steps of the tiny model's warm start
     # Size
@@ -329,7 +329,7 @@ class Config:
 # Presets are flags that the user's own override: small, for some hundred million parameters on a
 # laptop, is what --model gets if nothing is said; the last is the paper's, as far as it tells.
 SHARED = f"""--device {"cuda" if torch.cuda.is_available() else "cpu"}
-    --updates 2 --buffer 5 --warmup 0 --half-life 0 --prompt
+    --rollouts 8 --updates 2 --buffer 5 --warmup 0 --half-life 0 --prompt
     "{{problem}} Let's think step by step and output the final answer within \\\\boxed{{}}." """
 PRESETS = {
     "toy": "",
@@ -687,8 +687,7 @@ def sample(model, prompts, ends, cfg, seed):
     for start in progress(range(0, len(prompts), cfg.rows), "sampling"):
         active = responses[start : start + cfg.rows]
         texts = prompts[start : start + cfg.rows]
-        # Texts must end in the same column: so the padding is on the left. It is masked, and
-        # positions do not count it.
+        # Texts must end in the same column: so the padding is on the left, masked, not counted.
         tokens = pad(texts, model.device, "left")  # [B, L]
         mask = pad([torch.ones_like(text) for text in texts], model.device, "left")  # [B, L]
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]

@@ -1260,12 +1260,6 @@ def print_table(rows):
         print("| " + " | ".join(map(text_of, row.values())) + " |")
 
 
-def no_reward(trajectories, cfg):
-    """add_signals: the loss sees reward 0 everywhere."""
-    for t in trajectories:
-        t["signal"] = torch.tensor(0.0)
-
-
 def centered(trajectories, cfg, plain=rm.add_signals):
     """add_signals: the reward less the mean of its group."""
     plain(trajectories, cfg)
@@ -1306,7 +1300,6 @@ def late(run, fresh, cfg, step, delay, now, plain=rm.learn):
 # A variant is written as on the command line, without the dashes; these words in it put a function
 # of the above in the place of one of reval_min.
 CHANGES = {
-    "no-reward": ("add_signals", no_reward),
     "centered": ("add_signals", centered),
     "log": ("collect", from_a_log),
 }
@@ -1321,7 +1314,7 @@ STUDIES = {
     "replay": [f"algo=reval updates={k}" for k in (8, 4, 2)]
     + [f"algo=reval updates={k} buffer=1" for k in (8, 4, 2, 1)]
     + [f"algo=grpo updates={k}" for k in (8, 4, 2, 1)],
-    "calibration": [REVAL, TBRM, f"{REVAL} no-reward", f"{TBRM} no-reward"],
+    "calibration": [REVAL, TBRM],
     "reward": [REVAL, f"{REVAL} centered"],
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO)],
     "off-policy": [LOG, f"{REVAL} buffer=30 log", f"{GRPO} buffer=30 log"]
@@ -1344,6 +1337,7 @@ for n, rates in RATES.items():
         f"algo={algo} updates={k} prompts={prompts} rollouts={16 // prompts} {common}{now} lr={lr}"
         for (algo, k, prompts, now), lr in zip(METHODS, rates, strict=True)
     ]
+TOY = shlex.split("--preset=toy --steps=30 --rollouts=8 --buffer=15 --half-life=15")
 # The first 320 responses of README's example, with the model and the problems that it has made.
 REAL = shlex.split(
     "--preset=small --model=smollm2 --data=larger.jsonl --steps=10 --rollouts=4 --raw-prompt "
@@ -1365,7 +1359,7 @@ def cell(args, variant, factor, seed):
         lr = factor * cfg.lr
     else:
         start = f"--model={args.out}/start{seed}/model"
-        cfg = config_of(variant, "--preset=toy", start, f"--seed={seed}")
+        cfg = config_of(variant, *TOY, start, f"--seed={seed}")
         lr = factor * (cfg.lr if "lr=" in variant else LR[cfg.algo][cfg.updates])
     words = [word for word in variant.split() if not word.startswith("lr=")]
     out = f"{args.out}/{','.join(words)},lr={lr:g},seed={seed}"
@@ -1440,7 +1434,7 @@ def solve(start, variant, problem, seed):
     result = Path(start, f"{variant} {problem['problem']} {seed}".replace(" ", ","))
     if result.exists():
         return json.loads(result.read_text())
-    words = ["--preset=toy", f"--model={start}/model", f"--seed={seed}"]
+    words = [*TOY, f"--model={start}/model", f"--seed={seed}"]
     cfg = config_of(f"prompts=1 warmup=2 half-life=0 {variant}", *words)
     model, tokenizer = rm.load_model(cfg)
     run = rm.Run(cfg, model, [])
