@@ -1330,7 +1330,7 @@ for n in (0, 4, 16, 48, 96):
 # 16 responses an iteration arrive n iterations late; 80 iterations learn, at a method's best rate.
 METHODS = [("reval", 4, 4, ""), ("grpo", 1, 4, ""), ("grpo", 1, 16, ""), ("grpo", 4, 16, "-now")]
 RATES = {0: [1.5e-4, 3e-4, 3e-4, 3e-4], 16: [3e-4, 3e-4, 3e-4, 3e-4]}
-RATES |= {48: [3e-4, 3e-4, 3e-4, 1.5e-4], 96: [3e-4, 3e-4, 3e-4, 3e-4]}
+RATES[48] = RATES[96] = [3e-4, 3e-4, 3e-4, 1.5e-4]
 for n, rates in RATES.items():
     common = f"buffer=40 warmup=7 half-life=40 steps={80 + n} stale{n}"
     STUDIES[f"stale{n}"] = [
