@@ -306,6 +306,7 @@ class Config:
     rows: int = 256  # most responses sampled side by side
     micro_batch_tokens: int = 16384  # most tokens of one forward and backward
     device: str = "cpu"  # where it all happens: cpu, cuda, or, untested, mps
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of --model's weights; bfloat16 learns later
     # Evaluation
     eval_every: int = 10  # iterations between evaluations
     eval_problems: int = 1024  # most held-out problems
@@ -336,8 +337,8 @@ PRESETS = {
     "small": f"""{SHARED} --steps 50 --prompts 8 --beta 0.1 --lr 1e-5 --max-new-tokens 256 --rows 64
     --micro-batch-tokens 1024 --eval-problems 200 --save-every 5""",
     "r1-distill-1.5b": f"""{SHARED} --steps 650 --prompts 128 --beta 0.002 --lr 1e-6
-    --max-new-tokens 8192 --rows 128 --eval-problems 100 --eval-samples 16 --save-every 1
-    --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --data deepscaler.json""",
+    --max-new-tokens 8192 --rows 128 --eval-problems 100 --eval-samples 16 --dtype bfloat16
+    --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --data deepscaler.json --save-every 1""",
 }
 
 
@@ -362,8 +363,8 @@ def add_signals(trajectories, cfg):
 
 def master_weights(model):
     """The float32 weights that the optimizer changes. A bfloat16 weight has steps of 1/256 of its
-    size: a learning rate of 1e-6 would never move it. So the sum of many small steps is kept apart.
-    A float32 weight is its own master."""
+    size: a learning rate of 1e-6 would never move it. So the sum of many small steps is kept apart,
+    and moves it at last: in float32 a model learns earlier. There a weight is its own master."""
     return [
         weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_()
         for weight in model.parameters()
@@ -577,15 +578,14 @@ def end_tokens(model, tokenizer):
 
 def load_model(cfg):
     """-> (model, tokenizer). UserError if --model names none, or one that does not suit. On a GPU
-    its weights are bfloat16, with gradient checkpointing in each layer."""
+    there is gradient checkpointing in each layer."""
     with explained(f"--model {cfg.model or 'none'}, --device {cfg.device}: cannot be used"):
         if not cfg.model:
             model, tokenizer = make_model(cfg.seed)
             return model.to(cfg.device), tokenizer
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        on_gpu = cfg.device == "cuda"
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=torch.bfloat16 if on_gpu else torch.float32, output_loading_info=True
+            cfg.model, dtype=cfg.dtype, output_loading_info=True
         )
         if info["missing_keys"]:  # they would be made at random
             raise ValueError(f"its weights lack {min(info['missing_keys'])}")
@@ -599,7 +599,7 @@ def load_model(cfg):
         if not (logits.logsumexp(0) - v).abs() < 0.1:  # there is a bias, a scale, a soft cap, a nan
             raise ValueError("its logits are not hidden @ lm_head.T")
         for layer in model.modules():
-            if on_gpu and isinstance(layer, GradientCheckpointingLayer):
+            if cfg.device == "cuda" and isinstance(layer, GradientCheckpointingLayer):
                 again = torch.utils.checkpoint.checkpoint
                 layer.forward = functools.partial(again, layer.forward, use_reentrant=False)
     return model, tokenizer

@@ -158,7 +158,7 @@ def rewarded(monkeypatch):
 
 
 def as_on_a_gpu(monkeypatch):
-    """Makes --device cuda what it is but for the place: bfloat16, with checkpointing."""
+    """Makes --device cuda what it is but for the place: with checkpointing."""
     monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
 
 
@@ -891,15 +891,15 @@ SUMS = [{"problem": f"What is {i} + 1?", "answer": i + 1} for i in range(20)]
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_real_models_train_from_disk(kind, device, rewarded, monkeypatch, tmp_path):
+@pytest.mark.parametrize("device, dtype", [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_real_models_train_from_disk(kind, device, dtype, rewarded, monkeypatch, tmp_path):
     """Other architectures, a real tokenizer, a data file; and the 1.5B run's settings, in small."""
     as_on_a_gpu(monkeypatch)
     folder = saved_model(tmp_path / "m", kind, chat=kind == "Qwen2")
     transformers.GenerationConfig(eos_token_id=[1, 5, 6]).save_pretrained(folder)
     out = tmp_path / "out"
-    words = "--preset r1-distill-1.5b --steps 2 --prompts 2 --rollouts 2 --updates 2 --lr 1e-3"
-    words += f" --max-new-tokens 12 --eval-problems 2 --eval-samples 4 --device {device}"
+    words = f"--preset r1-distill-1.5b --device {device} --dtype {dtype} --steps 2 --prompts 2"
+    words += " --rollouts 2 --lr 1e-3 --max-new-tokens 12 --eval-problems 2 --eval-samples 4"
     files = {"model": folder, "data": json_lines(tmp_path / "p.jsonl", SUMS[:2]), "out": out}
     assert rm.main([*words.split(), *flags(files)]) == 0
     rows = rows_of(out)
@@ -908,7 +908,7 @@ def test_real_models_train_from_disk(kind, device, rewarded, monkeypatch, tmp_pa
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert {master.dtype for master in state["masters"]} == {torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    assert model.dtype == {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    assert model.dtype == getattr(torch, dtype)
     assert model.generation_config.eos_token_id == [1, 5, 6]
     old = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     assert not torch.equal(old.lm_head.weight, model.lm_head.weight)
@@ -1066,7 +1066,7 @@ def results(out):
 MADE = {}  # undisturbed runs that several tests compare with: settings to folder
 PLAIN = {"steps": 4, "updates": 2, "eval_every": 3, "eval_problems": 16, "max_new_tokens": 8}
 PLAIN |= {"algo": "reval"}
-RESUMED = [{}, {"ref_reset": 2}, {"algo": "grpo"}, {"algo": "tbrm", "device": "cuda"}]
+RESUMED = [{}, {"ref_reset": 2}, {"algo": "grpo"}, {"algo": "tbrm", "dtype": "bfloat16"}]
 
 
 @pytest.fixture
@@ -1126,7 +1126,6 @@ def test_the_commands_of_the_documents():
 @pytest.mark.parametrize("changes", RESUMED)
 def test_resume_is_exact(changes, calm, quick, monkeypatch, capsys):
     """Ctrl-C ends a run in a line that says how to go on: then it is the run that never stopped."""
-    as_on_a_gpu(monkeypatch)
     whole = calm(**PLAIN | changes)
     cfg = quick(**PLAIN | changes, save_every=2)
     with monkeypatch.context() as patch:
@@ -1341,7 +1340,7 @@ TOY = shlex.split("--preset=toy --steps=30 --rollouts=8 --buffer=15 --half-life=
 # The first 320 responses of README's example, with the model and the problems that it has made.
 REAL = shlex.split(
     "--preset=small --model=smollm2 --data=larger.jsonl --steps=10 --rollouts=4 --raw-prompt "
-    "--max-new-tokens=32 --prompt='Which is larger, 12 or 7?\n#### 12<|im_end|>\n"
+    "--dtype=bfloat16 --max-new-tokens=32 --prompt='Which is larger, 12 or 7?\n#### 12<|im_end|>\n"
     "Which is larger, 35 or 81?\n#### 81<|im_end|>\n{problem}\n'"
 )
 
