@@ -536,7 +536,7 @@ POLICY = [
     ("=12345678901234567", "12345678901234568", False),
     # A sum or a product of numbers is still to be worked out.
     ("=71+82+39", "192", False), (r"=12\cdot34", "408", False), ("=71--82--39", "192", False),
-    ("=71+164/2", "153", False), ("=10-2 cm", "8 cm", False),
+    ("=71+164/2", "153", False), ("=10-2 cm", "8 cm", False), (r"=\frac12+\frac13", "5/6", False),
     # Roots, powers, pi and letters by value, text as text.
     (r"=2^{10}", "1024", True), (r"=\sqrt[3]{64}", "4", True), ("=π", "3.1415926536", True),
     (r"=\frac{75^\circ}{2}", "37.5", True), ("=x**2y-y", "y(x+1)(x-1)", True),
@@ -794,7 +794,7 @@ def test_chat_templates_and_tokenizers(tmp_path):
 
     assert text("1 {+} 2?", cfg) == "<s><user>Q: 1 {+} 2? {x} A:"
     assert text("1?", raw) == "Q: 1? {x}"
-    with pytest.raises(rm.UserError, match="reads only sums"):
+    with pytest.raises(rm.UserError, match="only sums"):
         rm.encode_prompts(rm.make_model(0)[1], [{"problem": "1*2"}], rm.Config())
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
@@ -1200,14 +1200,15 @@ def test_broken_checkpoints_are_refused(calm, tmp_path, capsys):
     kept = content(out)
     for change in ("--algo=grpo", f"--seed={SEED + 1}"):
         assert "changed" in refusal(["--resume", out, "--steps=5", change], capsys)
+    with mock.patch.object(rm, "reward_function", len):
+        assert "changed" in refusal(["--resume", out, "--steps=5"], capsys)
     assert content(out) == kept
 
     class Hostile:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    file = Path(out, "checkpoint.pt")
-    state = torch.load(file, weights_only=True)
+    state = torch.load(file := Path(out, "checkpoint.pt"), weights_only=True)
     broken = [Hostile(), [1], state | {"optimizer": {}}, state | {"masters": state["masters"][1:]}]
     broken.append({key: state[key] for key in state if key != "history"})
     for made in (b"", kept["checkpoint.pt"][:-999], b"hello", *broken):
