@@ -10,7 +10,7 @@ it: so old ones are used again, from a replay buffer, without importance weights
     python reval_min.py                     the built-in task, on a laptop: two or three minutes
     python reval_min.py --algo grpo --updates 1 --lr 1e-3    the usual baseline on it
     python reval_min.py --model DIR_OR_HUB_ID --data problems.jsonl    your model, your problems
-    python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: untested
+    python reval_min.py --preset r1-distill-1.5b    the paper's run, on one GPU: not made yet
     python reval_min.py --resume runs/NAME          go on after a stop; --help: every setting
 
 Read from top to bottom: part I is the method, II a run of it, III what a run stands on.
