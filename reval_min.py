@@ -495,9 +495,9 @@ def train(cfg):
         row = {"step": step, "rollouts": step * cfg.prompts * cfg.rollouts}
         if step > 0:  # step 0 only evaluates
             # 1. Collect: a few problems, several responses to each by the live model.
-            again = len(problems) < cfg.prompts
-            chosen = rng(cfg.seed, step, "prompts").choice(problems, cfg.prompts, replace=again)
-            asked = [problem for problem in chosen for _ in range(cfg.rollouts)]
+            n = len(problems)
+            chosen = rng(cfg.seed, step, "prompts").choice(n, cfg.prompts, replace=n < cfg.prompts)
+            asked = [problems[i] for i in chosen for _ in range(cfg.rollouts)]
             fresh = collect(run, tokenizer, asked, cfg, step)
             for name in ("reward", "length", "ended"):
                 row[name] = fmean(t[name] for t in fresh)
@@ -1233,7 +1233,7 @@ def evaluate(model, tokenizer, problems, cfg, step):
     verdicts = [t["verdict"] for t in answers]
     names = ("right", "wrong", "no answer", "cut")
     print("  " + ", ".join(f"{name} {verdicts.count(name)}" for name in names))
-    for extreme in (max, min):
+    for extreme in max, min:
         t = extreme(answers, key=lambda t: t["reward"])
         print(
             f"  {t['reward']:g}: {t['problem']!r:.99} -> {t['text'][-99:]!r} (gold {t['answer']})"

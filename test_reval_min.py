@@ -696,11 +696,8 @@ def test_settings_are_flags(capsys):
             for value in [-1, math.nan, math.inf, *([] if name in may_be_zero else [0])]:
                 with pytest.raises(rm.UserError, match=f"{name} {value}: too small, or not finite"):
                     rm.Config(**{name: value})
-    for flag, mend in (
-        ("--algo=ppo", "choose from"),
-        ("--prompt=x", "{problem}"),
-        ("--b=3", "--b"),
-    ):
+    mends = {"--algo=ppo": "choose from", "--prompt=x": "{problem}", "--b=3": "--b"}
+    for flag, mend in mends.items():
         assert mend in refusal([flag], capsys)
 
 
@@ -1309,7 +1306,8 @@ LR["grpo"] = {1: 1e-3, 2: 5e-4, 4: 3e-4, 8: 2e-4}
 REVAL, REVAL_1 = "algo=reval updates=8", "algo=reval updates=1 buffer=1"
 GRPO, GRPO_1 = "algo=grpo updates=8", "algo=grpo updates=1"
 TBRM, LOG = "algo=tbrm updates=8", f"{REVAL} buffer=30 lr=0.00015"
-REAL_LOG, REAL_PLAIN = "algo=reval buffer=10 lr=2e-05", "algo=grpo prompts=32 rollouts=1 lr=2e-05"
+REAL_LOG = "algo=reval buffer=10 lr=2e-05"
+ON_REAL = [REAL_LOG, "algo=grpo lr=2e-05", "algo=grpo prompts=32 rollouts=1 lr=2e-05"]
 STUDIES = {
     "replay": [f"algo=reval updates={k}" for k in (8, 4, 2)]
     + [f"algo=reval updates={k} buffer=1" for k in (8, 4, 2, 1)]
@@ -1319,10 +1317,10 @@ STUDIES = {
     "one-rollout": [f"{x} prompts=128 rollouts=1" for x in (REVAL, GRPO)],
     "off-policy": [LOG, f"{REVAL} buffer=30 log", f"{GRPO} buffer=30 log"]
     + [f"{GRPO} buffer=30 log prompts=128 rollouts=1"],
-    "real": [REAL_LOG, "algo=grpo lr=2e-05", REAL_PLAIN],
-    "real-log": [REAL_LOG] + [f"{x} log" for x in (REAL_LOG, "algo=grpo lr=2e-05", REAL_PLAIN)],
-    "real-late": [f"{REAL_LOG} steps=14 stale4", "algo=grpo lr=2e-05 steps=14 stale4"]
-    + [f"{REAL_PLAIN} steps=14 stale4-now"],
+    "real": ON_REAL,
+    "real-log": [REAL_LOG, *(f"{x} log" for x in ON_REAL)],
+    "real-late": [f"{x} steps=14 stale4" for x in ON_REAL[:2]]
+    + [f"{ON_REAL[2]} steps=14 stale4-now"],
 }
 for n in (0, 4, 16, 48, 96):
     CHANGES[f"stale{n}"] = ("learn", functools.partial(late, delay=n, now=False))
@@ -1377,8 +1375,9 @@ def run_cell(cfg, variant):
         for word in CHANGES.keys() & variant.split():
             patch.setattr(rm, *CHANGES[word])
         rm.train(cfg)
-    state = torch.load(f"{cfg.out}/checkpoint.pt", "cpu", weights_only=True, mmap=True)
-    torch.save(state["buffer"], f"{cfg.out}/log.pt")
+    if variant in (LOG, REAL_LOG):
+        state = torch.load(f"{cfg.out}/checkpoint.pt", "cpu", weights_only=True, mmap=True)
+        torch.save(state["buffer"], f"{cfg.out}/log.pt")
     for file in Path(cfg.out).rglob("*"):
         if file.stat().st_size > 1e8:
             file.unlink()  # the checkpoint and the weights of a real model
